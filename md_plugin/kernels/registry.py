@@ -1,0 +1,248 @@
+"""Backends: who computes the three sums, chosen by name, as a frozen value.
+
+A choice is looked up in this order; the first that says something wins:
+
+    1. the call            envsum(..., backend="numba"), model(..., backend="numba")
+    2. a block of code     with use_backend("torch"): ...
+    3. the model           Hipnn(config, backend="triton"), load_model(..., backend=...)
+    4. the environment     MD_PLUGIN_BACKEND=numba
+    5. a settings file     backend = "numba" in md_plugin.toml (working folder), else in
+                           $XDG_CONFIG_HOME/md_plugin/settings.toml
+    6. "auto"              GPU: triton, cupy, numba; CPU: numba; torch where nothing else is there
+
+4 and 5 are read when a model is made, never at import. An explicit choice that cannot be met
+raises and says what exists and why the rest does not; only "auto" may choose, and logs its choice
+once. The first use of a backend on a device runs a small self-check against the reference, and a
+failing kernel is an error, never a slow path.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from md_plugin.kernels import reference
+from md_plugin.kernels.closure import EnvSum, FeatSum, SenseSum, SumKernels, check_shapes
+from md_plugin.pairs import Pairs
+
+logger = logging.getLogger("md_plugin")
+
+BACKENDS = {
+    "torch": "md_plugin.kernels.reference",
+    "numba": "md_plugin.kernels.numba_cpu",
+    "triton": "md_plugin.kernels.triton_gpu",
+    "cupy": "md_plugin.kernels.cupy_gpu",
+}
+# numba on a GPU and cupy come with the fast GPU path; "auto" already asks for them in this order.
+AUTO_ORDER = {"cuda": ("triton", "cupy", "numba", "torch"), "cpu": ("numba", "torch")}
+ENVIRONMENT_VARIABLE = "MD_PLUGIN_BACKEND"
+
+_block: ContextVar[str | None] = ContextVar("md_plugin_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend is unknown, absent, unfit for a device, or computes wrong sums."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The three differentiable sums of one backend.
+
+    Attributes:
+        name: "torch", "numba", "triton" or "cupy".
+        devices: device types that it computes on.
+        kernels: the raw sums, without autograd.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    kernels: SumKernels
+
+    def envsum(self, sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
+        """(n_pair, n_nu), (n_send, n_feat) -> env (n_recv, n_nu, n_feat); any derivative."""
+        self._ready("envsum", sense, features, pairs)
+        return EnvSum.apply(self.kernels, sense, features, pairs)  # type: ignore[no-any-return]
+
+    def sensesum(self, env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
+        """(n_recv, n_nu, n_feat), (n_send, n_feat) -> sense (n_pair, n_nu); any derivative."""
+        self._ready("sensesum", env, features, pairs)
+        return SenseSum.apply(self.kernels, env, features, pairs)  # type: ignore[no-any-return]
+
+    def featsum(self, env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
+        """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat); any derivative."""
+        self._ready("featsum", env, sense, pairs)
+        return FeatSum.apply(self.kernels, env, sense, pairs)  # type: ignore[no-any-return]
+
+    def _ready(self, name: str, first: Tensor, second: Tensor, pairs: Pairs) -> None:
+        check_shapes(name, first, second, pairs)
+        self_check(self, pairs.device.type)
+
+    def __repr__(self) -> str:
+        return f"Backend({self.name!r}, devices={self.devices})"
+
+
+def list_backends() -> dict[str, str]:
+    """Name of each backend -> "" where it is available, else the reason why it is absent."""
+    return {name: _absence(name) for name in BACKENDS}
+
+
+def get_backend(name: str, device: torch.device | str = "cpu") -> Backend:
+    """The backend of that name.
+
+    Args:
+        name: "torch", "numba", "triton", "cupy" or "auto".
+        device: for "auto" only: the device that the sums will run on.
+
+    Raises:
+        BackendError: unknown or absent; the message lists what exists and why the rest does not.
+    """
+    if name == "auto":
+        return _auto(torch.device(device).type)
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}. {_inventory()}")
+    if _absence(name):
+        raise BackendError(f"backend {name!r} is not available: {_absence(name)}. {_inventory()}")
+    return _load(name)
+
+
+def backend_choice(explicit: str | None = None) -> str:
+    """The name that a new model holds: explicit, block, environment, settings file or "auto"."""
+    choice = explicit or _block.get() or os.environ.get(ENVIRONMENT_VARIABLE) or _settings_choice()
+    choice = choice or "auto"
+    if choice != "auto":
+        get_backend(choice)
+    return choice
+
+
+def resolve(call: str | None, model: str, device: torch.device) -> Backend:
+    """The backend of one call: the call's own choice, else the block's, else the model's."""
+    return get_backend(call or _block.get() or model, device)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[Backend]:
+    """Every call and every new model inside the block uses this backend.
+
+    Raises:
+        BackendError: at once, where the backend is unknown or absent.
+    """
+    backend = get_backend(name)
+    token = _block.set(name)
+    try:
+        yield backend
+    finally:
+        _block.reset(token)
+
+
+def self_check(backend: Backend, device: str) -> None:
+    """Compare a backend with the reference on a tiny problem, once per device and process.
+
+    Raises:
+        BackendError: it does not compute on this device, or a sum is wrong.
+    """
+    if backend.name != "torch":
+        _self_check(backend, device)
+
+
+@cache
+def _self_check(backend: Backend, device: str) -> None:
+    if device not in backend.devices:
+        raise BackendError(
+            f"backend {backend.name!r} computes on {' and '.join(backend.devices)}, "
+            f"not on {device}; choose backend='auto' or another device"
+        )
+    # One empty row, a self-image pair, one ghost; 5 sensitivities and 7 features: odd on purpose.
+    receiver, sender = torch.tensor([2, 0, 0, 2, 0]), torch.tensor([3, 1, 0, 0, 3])
+    pairs = Pairs.from_edges(receiver, sender, n_recv=3, n_send=4)[0].to(device)
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        sense, features, env = (
+            torch.randn(shape, generator=generator, dtype=dtype).to(device)
+            for shape in ((5, 5), (4, 7), (3, 5, 7))
+        )
+        for name, args in (
+            ("envsum", (sense, features)),
+            ("sensesum", (env, features)),
+            ("featsum", (env, sense)),
+        ):
+            got = getattr(backend.kernels, name)(*args, pairs)
+            want = getattr(reference, name)(*args, pairs)
+            # At most 15 products of order one per element: 64 roundings are generous.
+            if not torch.allclose(got, want, rtol=0.0, atol=64 * torch.finfo(dtype).eps):
+                raise BackendError(
+                    f"backend {backend.name!r} computes a wrong {name} in {dtype} on {device} "
+                    f"(largest difference {float((got - want).abs().max()):.1e}); "
+                    "do not use it on this machine, and report this with your versions"
+                )
+
+
+@cache
+def _load(name: str) -> Backend:
+    module: Any = import_module(BACKENDS[name])
+    kernels = SumKernels(module.envsum, module.sensesum, module.featsum)
+    devices: tuple[str, ...] = getattr(module, "DEVICES", ("cpu", "cuda"))
+    return Backend(name, devices, kernels)
+
+
+@cache
+def _absence(name: str) -> str:
+    if name == "torch":
+        return ""
+    if name == "cupy":
+        return "the cupy kernels are not part of this release"
+    if find_spec(name) is None:
+        extra = "pip install 'md-plugin[gpu]'" if name == "triton" else f"pip install {name}"
+        return f"the package {name} is not installed ({extra})"
+    if name == "triton" and not (torch.cuda.is_available() or _triton_interpreted()):
+        return "no CUDA device was found (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"
+    try:
+        _load(name)
+    except Exception as error:  # a broken installation is a reason, told in full
+        return f"importing it failed: {type(error).__name__}: {error}"
+    return ""
+
+
+def _triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _inventory() -> str:
+    state = list_backends()
+    present = ", ".join(name for name, reason in state.items() if not reason)
+    absent = "; ".join(f"{name}: {reason}" for name, reason in state.items() if reason)
+    return f"Available: {present}." + (f" Absent: {absent}." if absent else "")
+
+
+@cache
+def _auto(device: str) -> Backend:
+    for name in AUTO_ORDER.get(device, ("torch",)):
+        if not _absence(name) and device in _load(name).devices:
+            logger.info("backend 'auto' chose %r on %s", name, device)
+            return _load(name)
+    raise AssertionError("unreachable: the torch reference is always there")
+
+
+def _settings_choice() -> str | None:
+    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    for path in (Path("md_plugin.toml"), Path(config) / "md_plugin" / "settings.toml"):
+        if path.is_file():
+            try:
+                choice = tomllib.loads(path.read_text()).get("backend")
+            except tomllib.TOMLDecodeError as error:
+                raise BackendError(f"settings file {path} is not valid TOML: {error}") from error
+            if choice is not None:
+                return str(choice)
+    return None
