@@ -15,7 +15,7 @@ _HOME = {
     "HipnnConfig": "md_plugin.model.hipnn",
     "Pairs": "md_plugin.pairs",
     "Potential": "md_plugin.potential",
-    "Structure": "md_plugin.potential",
+    "Structure": "md_plugin.neighbours",
     "load_model": "md_plugin.checkpoint",
     "save_model": "md_plugin.checkpoint",
     "neighbour_pairs": "md_plugin.neighbours",
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from md_plugin.checkpoint import load_model, save_model
     from md_plugin.kernels import get_backend, list_backends, use_backend
     from md_plugin.model.hipnn import Hipnn, HipnnConfig
-    from md_plugin.neighbours import neighbour_pairs
+    from md_plugin.neighbours import Structure, neighbour_pairs
     from md_plugin.pairs import Pairs
-    from md_plugin.potential import Potential, Structure
+    from md_plugin.potential import Potential
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,1 @@
+"""The HIP-NN network: radial sensitivities, interaction layers, and the model made of them."""

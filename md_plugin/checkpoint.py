@@ -1,0 +1,177 @@
+"""Checkpoint: the `.hipnn` file, safetensors with a JSON header. Loading executes no code.
+
+    safetensors            parameters by name, in the dtype in which they were trained
+    header["md_plugin"]    JSON: format_version, units, config (HipnnConfig), info (training
+                           summary, closest distance, origin), hash (SHA-256 of config + tensors)
+
+A file of a newer format is refused; one of an older format is brought up by the functions in
+`_UPDATES`, one per version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.potential import Potential
+
+FORMAT_VERSION = 1
+_KEY = "md_plugin"
+_UPDATES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+class CheckpointError(ValueError):
+    """A model file is missing, damaged, of a newer format, or not a model file at all."""
+
+
+def save_model(
+    path: str | Path, model: Potential | Hipnn, info: Mapping[str, Any] | None = None
+) -> None:
+    """Write a `.hipnn` file, whole or not at all.
+
+    Args:
+        path: where to.
+        model: a potential (whose info is kept) or a bare network.
+        info: JSON-serialisable entries, added to the potential's own.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(model_bytes(model, info))
+    partial.replace(path)
+
+
+def model_bytes(model: Potential | Hipnn, info: Mapping[str, Any] | None = None) -> bytes:
+    """The content of a `.hipnn` file."""
+    from safetensors.torch import save
+
+    network = model.model if isinstance(model, Potential) else model
+    merged = {**(model.info if isinstance(model, Potential) else {}), **(info or {})}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    config = network.config.to_dict()
+    header = {
+        "format_version": FORMAT_VERSION,
+        "units": {"energy": "eV", "length": "angstrom"},
+        "config": config,
+        "info": merged,
+        "hash": _content_hash(config, tensors),
+    }
+    return save(tensors, metadata={_KEY: json.dumps(header)})
+
+
+def load_model(
+    source: str | Path | Potential,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str = "mixed",
+    backend: str | None = None,
+) -> Potential:
+    """Load a potential.
+
+    Args:
+        source: path of a `.hipnn` file, name of a bundled model (see `bundled_models`), or a
+            loaded potential, which is returned as it is.
+        device: "auto", "cpu", "cuda", "cuda:1" ...
+        dtype: "mixed" (float64 geometry, float32 network), "float64" or "float32".
+        backend: kernels; see `md_plugin.kernels.registry` for how None is resolved.
+
+    Raises:
+        CheckpointError: missing, truncated, changed, or of a newer format.
+    """
+    if isinstance(source, Potential):
+        return source
+    path = _find(source)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read model file {path}: {error.strerror}") from error
+    return load_model_bytes(data, name=str(path), device=device, dtype=dtype, backend=backend)
+
+
+def load_model_bytes(
+    data: bytes,
+    *,
+    name: str = "model",
+    device: str | torch.device = "auto",
+    dtype: str = "mixed",
+    backend: str | None = None,
+) -> Potential:
+    """Like `load_model`, from the content of a file; `name` is used in messages only."""
+    header = _parse_header(data, name)
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+    except Exception as error:
+        raise CheckpointError(f"model file {name} is damaged: {error}") from error
+    if _content_hash(header["config"], tensors) != header["hash"]:
+        raise CheckpointError(f"model file {name} was changed after it was written (wrong hash)")
+    network = Hipnn(HipnnConfig(**header["config"]), backend=backend)
+    network.load_state_dict(tensors)
+    network.eval().requires_grad_(False)
+    return Potential(network, device=device, dtype=dtype, info=header["info"])
+
+
+def read_header(source: str | Path) -> dict[str, Any]:
+    """The JSON header of a `.hipnn` file: format_version, units, config, info, hash."""
+    path = _find(source)
+    return _parse_header(path.read_bytes(), str(path))
+
+
+def bundled_models() -> dict[str, Path]:
+    """Name -> path of the models that come with the package."""
+    folder = Path(str(resources.files("md_plugin") / "data"))
+    return {path.stem: path for path in sorted(folder.glob("*.hipnn"))}
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    bundled = bundled_models()
+    if str(source) in bundled:
+        return bundled[str(source)]
+    names = ", ".join(map(repr, bundled)) or "none"
+    raise CheckpointError(f"no model file {str(source)!r}, and no bundled model of that name "
+                          f"(bundled: {names})")
+
+
+def _parse_header(data: bytes, name: str) -> dict[str, Any]:
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise CheckpointError(
+            f"model file {name} is truncated or not a .hipnn file ({len(data)} bytes); copy it again"
+        )
+    try:
+        text = json.loads(data[8 : 8 + size])["__metadata__"][_KEY]
+        header: dict[str, Any] = json.loads(text)
+        version = int(header["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{name} is not a .hipnn model file of md_plugin. Models of hippynn are brought over "
+            "with md-plugin import-hippynn"
+        ) from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"model file {name} has format version {version}; this md_plugin reads up to "
+            f"{FORMAT_VERSION}: upgrade md_plugin"
+        )
+    for old in range(version, FORMAT_VERSION):
+        header = _UPDATES[old](header)
+    return header
+
+
+def _content_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""The three sums on the GPU with Triton: no atomics, so two runs agree to the last bit.
+
+    envsum    one program per receiver, block of nu and block of features: a small matrix product
+              sense^T (nu, pairs) x features (pairs, features), over tiles of the row's pairs
+    sensesum  one program per receiver and block of nu: features (pairs, features) x env^T; the
+              receiver's env tile is read once per tile of pairs, not once per pair
+    featsum   one program per sender and block of features, over the sender's block of the
+              transpose (col_ptr, perm)
+
+float32 accumulates in float32 (never tf32), float64 in float64. Pair indices and offsets are
+64-bit inside the kernels: n_pair n_nu and n_recv n_nu n_feat may exceed 2^31. Sizes are runtime
+values and only block sizes are compiled in, so a new neighbour list never compiles anything.
+
+The kernels run on CUDA devices. If TRITON_INTERPRET=1 is in the environment when this module is
+imported, Triton interprets them instead, on CPU tensors too: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from md_plugin.pairs import Pairs
+
+# Triton's ieee dot unrolls the summed dimension in registers: 16 terms at a time do not spill.
+_BLOCK_K = 16
+
+
+@triton.jit
+def _envsum(
+    sense, features, row_ptr, sender, env, n_nu, n_feat,
+    BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    start = tl.load(row_ptr + i).to(tl.int64)
+    end = tl.load(row_ptr + i + 1).to(tl.int64)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    nu = tl.program_id(2) * BLOCK_NU + tl.arange(0, BLOCK_NU)
+    acc = tl.zeros((BLOCK_NU, BLOCK_F), dtype=env.dtype.element_ty)
+    for p0 in range(start, end, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P).to(tl.int64)
+        j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
+        s = tl.load(
+            sense + p[None, :] * n_nu + nu[:, None],
+            mask=(p < end)[None, :] & (nu < n_nu)[:, None],
+            other=0.0,
+        )
+        z = tl.load(
+            features + j[:, None] * n_feat + f[None, :],
+            mask=(p < end)[:, None] & (f < n_feat)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(s, z, acc, input_precision="ieee", out_dtype=acc.dtype)
+    tl.store(
+        env + (i * n_nu + nu[:, None]) * n_feat + f[None, :],
+        acc,
+        mask=(nu < n_nu)[:, None] & (f < n_feat)[None, :],
+    )
+
+
+@triton.jit
+def _sensesum(
+    env, features, row_ptr, sender, sense, n_nu, n_feat,
+    BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    start = tl.load(row_ptr + i).to(tl.int64)
+    end = tl.load(row_ptr + i + 1).to(tl.int64)
+    nu = tl.program_id(1) * BLOCK_NU + tl.arange(0, BLOCK_NU)
+    for p0 in range(start, end, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P).to(tl.int64)
+        j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
+        acc = tl.zeros((BLOCK_P, BLOCK_NU), dtype=sense.dtype.element_ty)
+        for f0 in range(0, n_feat, BLOCK_F):
+            f = f0 + tl.arange(0, BLOCK_F)
+            z = tl.load(
+                features + j[:, None] * n_feat + f[None, :],
+                mask=(p < end)[:, None] & (f < n_feat)[None, :],
+                other=0.0,
+            )
+            e = tl.load(
+                env + (i * n_nu + nu[None, :]) * n_feat + f[:, None],
+                mask=(nu < n_nu)[None, :] & (f < n_feat)[:, None],
+                other=0.0,
+            )
+            acc = tl.dot(z, e, acc, input_precision="ieee", out_dtype=acc.dtype)
+        tl.store(
+            sense + p[:, None] * n_nu + nu[None, :],
+            acc,
+            mask=(p < end)[:, None] & (nu < n_nu)[None, :],
+        )
+
+
+@triton.jit
+def _featsum(
+    env, sense, col_ptr, perm, receiver, features, n_nu, n_feat,
+    BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    j = tl.program_id(0).to(tl.int64)
+    start = tl.load(col_ptr + j).to(tl.int64)
+    end = tl.load(col_ptr + j + 1).to(tl.int64)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    # Pair and nu share one axis of the tile: (pair 0, nu 0 .. BLOCK_NU - 1), (pair 1, ...).
+    row = tl.arange(0, BLOCK_P * BLOCK_NU)
+    acc = tl.zeros((BLOCK_P * BLOCK_NU, BLOCK_F), dtype=features.dtype.element_ty)
+    for k0 in range(start, end, BLOCK_P):
+        k = k0 + (row // BLOCK_NU).to(tl.int64)
+        p = tl.load(perm + k, mask=k < end, other=0).to(tl.int64)
+        i = tl.load(receiver + p, mask=k < end, other=0).to(tl.int64)
+        for nu0 in range(0, n_nu, BLOCK_NU):
+            nu = nu0 + row % BLOCK_NU
+            live = (k < end) & (nu < n_nu)
+            s = tl.load(sense + p * n_nu + nu, mask=live, other=0.0)
+            e = tl.load(
+                env + ((i * n_nu + nu) * n_feat)[:, None] + f[None, :],
+                mask=live[:, None] & (f < n_feat)[None, :],
+                other=0.0,
+            )
+            acc += s[:, None] * e
+    tl.store(features + j * n_feat + f, tl.sum(acc, axis=0), mask=f < n_feat)
+
+
+INTERPRETED = not isinstance(_envsum, triton.JITFunction)
+
+
+def _block(size: int, most: int) -> int:
+    """Smallest power of two that covers `size`, within 16 (the least tl.dot takes) .. `most`."""
+    return min(max(triton.next_power_of_2(size), 16), most)
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The context to launch in.
+
+    Raises:
+        ValueError: the kernels cannot reach the tensor's device.
+    """
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "cpu" and INTERPRETED:
+        return contextlib.nullcontext()
+    raise ValueError(
+        f"backend 'triton' computes on CUDA devices, but the tensors are on {tensor.device}; "
+        "choose backend='numba' or 'torch', move the potential to device='cuda', or set "
+        "TRITON_INTERPRET=1 before the start to interpret the kernels on the CPU (slow)"
+    )
+
+
+def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
+    """(n_pair, n_nu), (n_send, n_feat) -> env (n_recv, n_nu, n_feat)."""
+    n_nu, n_feat = sense.shape[1], features.shape[1]
+    with _on_device(sense):
+        if pairs.n_pair * n_nu * n_feat == 0:
+            return sense.new_zeros(pairs.n_recv, n_nu, n_feat)
+        env = sense.new_empty(pairs.n_recv, n_nu, n_feat)
+        block_nu, block_f = _block(n_nu, 32), _block(n_feat, 64)
+        grid = (pairs.n_recv, triton.cdiv(n_feat, block_f), triton.cdiv(n_nu, block_nu))
+        _envsum[grid](
+            sense, features, pairs.row_ptr, pairs.sender, env, n_nu, n_feat,
+            BLOCK_P=_BLOCK_K, BLOCK_NU=block_nu, BLOCK_F=block_f,
+        )  # fmt: skip
+    return env
+
+
+def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
+    """(n_recv, n_nu, n_feat), (n_send, n_feat) -> sense (n_pair, n_nu)."""
+    n_nu, n_feat = env.shape[1:]
+    with _on_device(env):
+        if pairs.n_pair * n_nu * n_feat == 0:
+            return env.new_zeros(pairs.n_pair, n_nu)
+        sense = env.new_empty(pairs.n_pair, n_nu)
+        block_nu = _block(n_nu, 32)
+        _sensesum[(pairs.n_recv, triton.cdiv(n_nu, block_nu))](
+            env, features, pairs.row_ptr, pairs.sender, sense, n_nu, n_feat,
+            BLOCK_P=32, BLOCK_NU=block_nu, BLOCK_F=_BLOCK_K,
+        )  # fmt: skip
+    return sense
+
+
+def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
+    """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat)."""
+    n_nu, n_feat = env.shape[1:]
+    with _on_device(env):
+        if pairs.n_pair * n_nu * n_feat == 0:
+            return env.new_zeros(pairs.n_send, n_feat)
+        features = env.new_empty(pairs.n_send, n_feat)
+        block_nu, block_f = _block(n_nu, 32), _block(n_feat, 64)
+        _featsum[(pairs.n_send, triton.cdiv(n_feat, block_f))](
+            env, sense, pairs.col_ptr, pairs.perm, pairs.receiver, features, n_nu, n_feat,
+            BLOCK_P=32 // block_nu, BLOCK_NU=block_nu, BLOCK_F=block_f,
+        )  # fmt: skip
+    return features
