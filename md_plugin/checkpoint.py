@@ -63,7 +63,8 @@ def model_bytes(model: Potential | Hipnn, info: Mapping[str, Any] | None = None)
         "info": merged,
         "hash": _content_hash(config, tensors),
     }
-    return save(tensors, metadata={_KEY: json.dumps(header)})
+    data: bytes = save(tensors, metadata={_KEY: json.dumps(header)})
+    return data
 
 
 def load_model(
@@ -139,15 +140,17 @@ def _find(source: str | Path) -> Path:
     if str(source) in bundled:
         return bundled[str(source)]
     names = ", ".join(map(repr, bundled)) or "none"
-    raise CheckpointError(f"no model file {str(source)!r}, and no bundled model of that name "
-                          f"(bundled: {names})")
+    raise CheckpointError(
+        f"no model file {str(source)!r}, and no bundled model of that name (bundled: {names})"
+    )
 
 
 def _parse_header(data: bytes, name: str) -> dict[str, Any]:
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
         raise CheckpointError(
-            f"model file {name} is truncated or not a .hipnn file ({len(data)} bytes); copy it again"
+            f"model file {name} is truncated or not a .hipnn file ({len(data)} bytes); "
+            "copy it again"
         )
     try:
         text = json.loads(data[8 : 8 + size])["__metadata__"][_KEY]

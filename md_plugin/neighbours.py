@@ -86,8 +86,10 @@ def complete_cell(cell: ArrayLike, pbc: NDArray[np.bool_]) -> FloatArray:
     check_finite(h, "cell vectors")
     missing = np.linalg.norm(h, axis=1) == 0.0
     if (missing & pbc).any():
-        raise ValueError(f"pbc is {pbc.tolist()}, but lattice vector {missing.tolist().index(True)} "
-                         "is zero; set the cell or switch off pbc")
+        raise ValueError(
+            f"pbc is {pbc.tolist()}, but lattice vector {int(np.argmax(missing & pbc))} is zero; "
+            "set the cell or switch off pbc"
+        )
     if missing.any():
         # Unit vectors orthogonal to what is there: the null space of the given rows.
         _, _, v = np.linalg.svd(np.where(missing[:, None], 0.0, h))

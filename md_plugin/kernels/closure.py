@@ -51,7 +51,9 @@ class EnvSum(torch.autograd.Function):
         (grad_env,) = grads
         sense, features = ctx.saved_tensors
         k, pairs = ctx.kernels, ctx.pairs
-        grad_sense = SenseSum.apply(k, grad_env, features, pairs) if ctx.needs_input_grad[1] else None
+        grad_sense = (
+            SenseSum.apply(k, grad_env, features, pairs) if ctx.needs_input_grad[1] else None
+        )
         grad_feat = FeatSum.apply(k, grad_env, sense, pairs) if ctx.needs_input_grad[2] else None
         return None, grad_sense, grad_feat, None
 
@@ -110,7 +112,10 @@ def check_shapes(name: str, first: Tensor, second: Tensor, pairs: Pairs) -> None
     per_pair, per_atom = ("n_pair", pairs.n_pair), ("n_send", pairs.n_send)
     rules = {
         "envsum": (("sense", first, 2, per_pair), ("features", second, 2, per_atom)),
-        "sensesum": (("env", first, 3, ("n_recv", pairs.n_recv)), ("features", second, 2, per_atom)),
+        "sensesum": (
+            ("env", first, 3, ("n_recv", pairs.n_recv)),
+            ("features", second, 2, per_atom),
+        ),
         "featsum": (("env", first, 3, ("n_recv", pairs.n_recv)), ("sense", second, 2, per_pair)),
     }
     for label, tensor, ndim, (dim, rows) in rules[name]:
@@ -126,5 +131,6 @@ def check_shapes(name: str, first: Tensor, second: Tensor, pairs: Pairs) -> None
         raise ValueError(f"{name}: shapes {tuple(first.shape)} and {tuple(second.shape)} differ")
     if first.dtype != second.dtype or first.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{name}: needs two float32 or two float64 tensors, got {first.dtype} and {second.dtype}"
+            f"{name}: needs two float32 or two float64 tensors, got {first.dtype} and "
+            f"{second.dtype}"
         )

@@ -74,17 +74,20 @@ class Backend:
     def envsum(self, sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
         """(n_pair, n_nu), (n_send, n_feat) -> env (n_recv, n_nu, n_feat); any derivative."""
         self._ready("envsum", sense, features, pairs)
-        return EnvSum.apply(self.kernels, sense, features, pairs)  # type: ignore[no-any-return]
+        env: Tensor = EnvSum.apply(self.kernels, sense, features, pairs)
+        return env
 
     def sensesum(self, env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
         """(n_recv, n_nu, n_feat), (n_send, n_feat) -> sense (n_pair, n_nu); any derivative."""
         self._ready("sensesum", env, features, pairs)
-        return SenseSum.apply(self.kernels, env, features, pairs)  # type: ignore[no-any-return]
+        sense: Tensor = SenseSum.apply(self.kernels, env, features, pairs)
+        return sense
 
     def featsum(self, env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
         """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat); any derivative."""
         self._ready("featsum", env, sense, pairs)
-        return FeatSum.apply(self.kernels, env, sense, pairs)  # type: ignore[no-any-return]
+        features: Tensor = FeatSum.apply(self.kernels, env, sense, pairs)
+        return features
 
     def _ready(self, name: str, first: Tensor, second: Tensor, pairs: Pairs) -> None:
         check_shapes(name, first, second, pairs)

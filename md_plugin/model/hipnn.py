@@ -12,7 +12,8 @@ Hipnn, HipnnVec, HipnnQuad with residual layers and softplus.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +117,7 @@ class Hipnn(nn.Module):
         self.backend = backend_choice(backend)
         n_species = len(config.species)
         widths = [n_species] + [config.n_feat] * config.n_interactions
-        self.blocks = nn.ModuleList(
-            _block(config, n_in, n_out) for n_in, n_out in zip(widths, widths[1:], strict=False)
-        )
+        self.blocks = nn.ModuleList(_block(config, n_in, n_out) for n_in, n_out in pairwise(widths))
         self.readouts = nn.ModuleList(
             nn.Linear(width, 1, bias=level > 0) for level, width in enumerate(widths)
         )
@@ -165,15 +164,17 @@ class Hipnn(nn.Module):
         features = self.encoder[species.long()]
         energy = self.readouts[0](features[: pairs.n_recv])
         for level, block in enumerate(self.blocks):
+            interaction, *atom_layers = cast(nn.ModuleList, block)
             if level > 0:
                 features = halo.fill(features)
-            features = block[0](features, pairs, r, components, sums)
-            for atom_layer in block[1:]:
+            features = interaction(features, pairs, r, components, sums)
+            for atom_layer in atom_layers:
                 features = atom_layer(features)
             energy = energy + self.readouts[level + 1](features)
 
         reference = self._reference_energy.to(r.device)
-        return energy[:, 0].double() + reference[species[: pairs.n_recv].long()]
+        atom_energy: Tensor = energy[:, 0].double() + reference[species[: pairs.n_recv].long()]
+        return atom_energy
 
     def extra_repr(self) -> str:
         """The backend, for repr."""

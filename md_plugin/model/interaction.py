@@ -75,7 +75,7 @@ class InteractionLayer(nn.Module):
         mixed = env.reshape(-1, n_nu * n_in) @ self.weight.reshape(n_nu * n_in, n_out)
         mixed = mixed.reshape(-1, n_tensor, n_out)
 
-        out = mixed[:, 0] + self.self_interaction(features[: pairs.n_recv])
+        out: Tensor = mixed[:, 0] + self.self_interaction(features[: pairs.n_recv])
         if self.order >= 1:
             square = mixed[:, 1:4].square().sum(dim=1)
             out = out + self.vector_scale * torch.sqrt(square + self.cusp)

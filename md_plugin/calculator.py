@@ -1,0 +1,119 @@
+"""HipnnCalculator: the ASE door. Translates, reuses the neighbour list, nothing else.
+
+Energies in eV, forces in eV/Å, stress in eV/Å^3 (Voigt xx, yy, zz, yz, xz, xy; ASE's sign).
+Stress needs three periodic directions. `stresses` are per-atom virials, half of each pair to each
+of its atoms, over the cell volume: they sum to `stress` (ASE's EMT sums them the same way).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from md_plugin.checkpoint import load_model
+from md_plugin.neighbours import NeighbourList
+from md_plugin.potential import Evaluation, Potential, pair_virial_to_atoms
+
+
+class HipnnCalculator(Calculator):
+    """ASE calculator for HIP-NN potentials.
+
+    Args:
+        model: path of a `.hipnn` file, name of a bundled model ("ta"), or a loaded `Potential`
+            (then device, dtype and backend are those of the potential).
+        device: "auto" takes CUDA if there is one.
+        dtype: "mixed" (float64 geometry and sums, float32 network), "float64" or "float32".
+        backend: kernels; None and "auto" choose by themselves.
+        skin: extra distance in the neighbour list, Å; the list is reused while it is provably
+            complete. 0 rebuilds at every change.
+
+    Raises:
+        CheckpointError: the model file is missing, damaged or too new.
+        ValueError: an element that the model does not know, positions that are not finite.
+    """
+
+    implemented_properties = [
+        "energy",
+        "free_energy",
+        "energies",
+        "forces",
+        "stress",
+        "stresses",
+    ]
+
+    def __init__(
+        self,
+        model: str | Path | Potential,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str = "mixed",
+        backend: str | None = None,
+        skin: float = 0.5,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if skin < 0:
+            raise ValueError(f"skin must not be negative, got {skin} Å")
+        self.potential = load_model(model, device=device, dtype=dtype, backend=backend)
+        self.neighbours = NeighbourList(self.potential.rcut, skin)
+        self._species = np.zeros(0, dtype=np.int64)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Compute the asked properties and all that come with them; ASE calls this."""
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
+        atoms = self.atoms
+        periodic = bool(atoms.pbc.all())
+        if not periodic and {"stress", "stresses"} & set(properties):
+            raise PropertyNotImplementedError(
+                f"stress needs three periodic directions, but pbc is {atoms.pbc.tolist()}"
+            )
+        wants_forces = bool({"forces", "stress", "stresses"} & set(properties))
+        r_ij, result = self._evaluate(atoms, wants_forces)
+        self.results = {
+            "energy": float(result.energy),
+            "free_energy": float(result.energy),
+            "energies": result.atom_energy.cpu().numpy(),
+        }
+        if result.forces is not None and result.virial is not None:
+            self.results["forces"] = result.forces.double().cpu().numpy()
+            if periodic:
+                virial = result.virial[0].double().cpu().numpy()
+                # Symmetric by rotational invariance; the mean removes the rounding.
+                stress = -0.5 * (virial + virial.T) / atoms.cell.volume
+                self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
+        if "stresses" in properties:
+            assert result.pair_gradient is not None
+            pairs = self.neighbours.pairs.to(self.potential.device)
+            virials = pair_virial_to_atoms(r_ij, result.pair_gradient.to(r_ij.dtype), pairs)
+            virials = 0.5 * (virials + virials.transpose(1, 2))
+            stresses = -virials.cpu().numpy() / atoms.cell.volume
+            self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
+
+    def _evaluate(self, atoms: Atoms, forces: bool) -> tuple[torch.Tensor, Evaluation]:
+        potential = self.potential
+        if not np.array_equal(atoms.numbers, self._species):
+            potential.check_species(atoms.numbers)
+            self._species = atoms.numbers.copy()
+        positions = np.ascontiguousarray(atoms.positions, dtype=np.float64)
+        self.neighbours.update(positions, atoms.cell[:], atoms.pbc)
+        r_ij = self.neighbours.r_ij(positions, atoms.cell[:]).to(potential.device)
+        potential.check_distances(r_ij)
+        species = torch.as_tensor(self._species, device=potential.device)
+        pairs = self.neighbours.pairs.to(potential.device)
+        return r_ij, potential.evaluate_pairs(species, pairs, r_ij, forces=forces)
+
+    def __repr__(self) -> str:
+        return f"HipnnCalculator({self.potential!r}, skin={self.neighbours.skin})"
