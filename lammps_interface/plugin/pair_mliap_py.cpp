@@ -1,0 +1,332 @@
+// Implements pair_mliap_py.h: settings, time step, results. The exchange is in exchange.cpp.
+
+#include "pair_mliap_py.h"
+
+#include "atom.h"
+#include "comm.h"
+#include "error.h"
+#include "force.h"
+#include "memory.h"
+#include "neigh_list.h"
+#include "neighbor.h"
+#include "universe.h"
+#include "update.h"
+
+#include <algorithm>
+#include <cstring>
+
+using namespace LAMMPS_NS;
+
+PairMLIAPPy::PairMLIAPPy(LAMMPS *lmp) :
+    Pair(lmp), view(), rows_of(nullptr), inside_known(false), rows(nullptr), row_bytes(0),
+    n_bytes(0), item_bytes(0), n_slots(0)
+{
+  single_enable = 0;
+  restartinfo = 0;
+  one_coeff = 1;
+  manybody_flag = 1;
+  respa_enable = 0;
+  unit_convert_flag = 0;
+  no_virial_fdotr_compute = 1;    // the virial comes from the pair vectors, explicitly
+  centroidstressflag = CENTROID_NOTAVAIL;
+
+  view.struct_size = sizeof(MLIAPView);
+  view.lammps_version = lmp->num_ver;
+  view.rank = comm->me;
+  view.nranks = comm->nprocs;
+  view.pair = this;
+  view.inside_pairs = [](void *pair) {
+    return guarded(pair, [](PairMLIAPPy *p) { return p->inside_pairs(); });
+  };
+  view.pair_forces = [](void *pair, const double *fij) {
+    return guarded(pair, [=](PairMLIAPPy *p) { return p->pair_forces(fij); });
+  };
+  view.exchange = [](void *pair, int32_t reverse, void *data, int64_t stride, int64_t first,
+                     int32_t bytes, int32_t item) {
+    return guarded(pair, [=](PairMLIAPPy *p) {
+      return p->exchange(reverse, data, stride, first, bytes, item);
+    });
+  };
+}
+
+PairMLIAPPy::~PairMLIAPPy()
+{
+  if (allocated) {
+    memory->destroy(setflag);
+    memory->destroy(cutsq);
+  }
+}
+
+// Callbacks are called from Python: no exception may pass through its frames.
+template <typename Body> int PairMLIAPPy::guarded(void *pair, Body body)
+{
+  auto *self = static_cast<PairMLIAPPy *>(pair);
+  try {
+    return body(self);
+  } catch (const std::exception &e) {
+    self->error_text = e.what();
+    self->view.error_text = self->error_text.c_str();
+    return 1;
+  }
+}
+
+// Runs what every rank does at the same time; if it fails anywhere, every rank stops with the
+// message of the first rank that failed. Not for compute(): there, other ranks may be waiting
+// in an exchange.
+void PairMLIAPPy::together(const std::function<void()> &body)
+{
+  std::string text;
+  try {
+    body();
+  } catch (const mdp::PythonError &e) {
+    text = e.what();
+    if (text.empty()) text = "Python failed without a message";
+  }
+  int mine = text.empty() ? comm->nprocs : comm->me, first = 0;
+  MPI_Allreduce(&mine, &first, 1, MPI_INT, MPI_MIN, world);
+  if (first == comm->nprocs) return;
+  int length = static_cast<int>(text.size());
+  MPI_Bcast(&length, 1, MPI_INT, first, world);
+  text.resize(length);
+  MPI_Bcast(&text[0], length, MPI_CHAR, first, world);
+  error->all(FLERR, "pair_style mliap/py: {}", text);
+}
+
+// A failure of this rank inside a time step. Other ranks may wait in an exchange, and an
+// exception would leave them there, so the whole run is aborted once the message is out.
+void PairMLIAPPy::stop(const std::string &text)
+{
+  if (universe->nprocs == 1) error->all(FLERR, "pair_style mliap/py: {}", text);
+  const std::string line = "ERROR on proc " + std::to_string(universe->me) + ": pair_style mliap/py: " + text + "\n";
+  fputs(line.c_str(), stderr);
+  if (logfile) fputs(line.c_str(), logfile);
+  fflush(nullptr);
+  MPI_Abort(universe->uworld, 1);
+  std::abort();    // MPI_Abort does not return
+}
+
+void PairMLIAPPy::allocate()
+{
+  const int n = atom->ntypes + 1;
+  memory->create(setflag, n, n, "pair:setflag");
+  memory->create(cutsq, n, n, "pair:cutsq");
+  type_map.assign(atom->ntypes, -1);
+  allocated = 1;
+}
+
+void PairMLIAPPy::settings(int narg, char **arg)
+{
+  if (narg < 2 || strcmp(arg[0], "unified") != 0)
+    error->all(FLERR, "pair_style mliap/py takes: unified FILE; for other kinds of mliap models "
+                      "use pair_style mliap without the suffix py");
+  if (narg > 3) error->all(FLERR, "pair_style mliap/py unified FILE: unexpected '{}'", arg[3]);
+  if (narg == 3 && utils::logical(FLERR, arg[2], false, lmp))
+    error->all(FLERR, "pair_style mliap/py does not support ghostneigh 1; use 0, features of "
+                      "ghost atoms are exchanged between the ranks instead");
+
+  MPI_Comm node;
+  MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
+  MPI_Comm_size(node, &view.ranks_on_node);
+  MPI_Comm_free(&node);
+  view.units = update->unit_style;
+  together([&] {
+    mdp::start_python();
+    view.owns_process = mdp::owns_interpreter();
+    session.create("lammps_interface.session", "open_session", &view, arg[1]);
+  });
+
+  // LAMMPS sizes its communication buffers from these when it initialises
+  comm_forward = comm_reverse = view.comm_width;
+}
+
+void PairMLIAPPy::coeff(int narg, char **arg)
+{
+  if (!allocated) allocate();
+  const int ntypes = atom->ntypes;
+  if (narg < 2 || strcmp(arg[0], "*") != 0 || strcmp(arg[1], "*") != 0)
+    error->all(FLERR, "pair_coeff for mliap/py must start with * *");
+  if (narg != ntypes + 2)
+    error->all(FLERR,
+               "pair_coeff * * for mliap/py needs one element, or NULL, for each of the {} atom "
+               "types; got {}", ntypes, narg - 2);
+
+  std::string names;
+  for (int i = 2; i < narg; i++) names += std::string(arg[i]) + " ";
+  view.ntypes = ntypes;
+  view.type_map = type_map.data();
+  together([&] { session.call("coeff", names.c_str()); });
+
+  for (int i = 1; i <= ntypes; i++)
+    for (int j = i; j <= ntypes; j++)
+      setflag[i][j] = (type_map[i - 1] >= 0 && type_map[j - 1] >= 0);
+}
+
+void PairMLIAPPy::init_style()
+{
+  if (!force->newton_pair)
+    error->all(FLERR, "pair_style mliap/py requires newton pair on: put 'newton on' at the top "
+                      "of the script");
+  neighbor->add_request(this, NeighConst::REQ_FULL);
+  rows_of = nullptr;
+}
+
+double PairMLIAPPy::init_one(int i, int j)
+{
+  if (!setflag[i][j])
+    error->all(FLERR, "pair_style mliap/py: atom types {} and {} have no coefficients; types "
+                      "mapped to NULL need another pair style (pair_style hybrid)", i, j);
+  return view.rcut;
+}
+
+// Copies the neighbour list into compressed rows. With other pair styles beside this one the
+// list may reach further than this style needs; such pairs are left out.
+void PairMLIAPPy::rebuild_rows()
+{
+  const double reach = view.rcut + neighbor->skin;
+  const double reach_sq = neighbor->ago == 0 ? reach * reach : 1e300;
+  double **x = atom->x;
+  row_ptr.resize(list->inum + 1);
+  row_ptr[0] = 0;
+  int64_t longest = 0;
+  for (int k = 0; k < list->inum; k++) longest += list->numneigh[list->ilist[k]];
+  if (longest > MAXSMALLINT)
+    stop("more than 2147483647 pairs on one rank; use more ranks");
+  sender.resize(longest);
+
+  int n_pair = 0;
+  for (int k = 0; k < list->inum; k++) {
+    const int i = list->ilist[k];
+    const int *neighbours = list->firstneigh[i];
+    for (int m = 0; m < list->numneigh[i]; m++) {
+      const int j = neighbours[m] & NEIGHMASK;
+      const double dx = x[j][0] - x[i][0], dy = x[j][1] - x[i][1], dz = x[j][2] - x[i][2];
+      // written so that a pair with NaN coordinates stays in, for Python to name
+      if (dx * dx + dy * dy + dz * dz > reach_sq) continue;
+      sender[n_pair++] = j;
+    }
+    row_ptr[k + 1] = n_pair;
+  }
+  sender.resize(n_pair);
+  rows_of = list;
+  view.list_count++;
+}
+
+void PairMLIAPPy::fill_view(int eflag, int vflag)
+{
+  const int ntotal = atom->nlocal + atom->nghost;
+  if (neighbor->ago == 0 || rows_of != list || view.nlist != list->inum ||
+      view.ntotal != ntotal || view.nlocal != atom->nlocal)
+    rebuild_rows();
+
+  elems.resize(ntotal);
+  for (int i = 0; i < ntotal; i++) elems[i] = type_map[atom->type[i] - 1];
+  eatoms.assign(list->inum, 0.0);
+  inside_known = false;
+
+  view.nlocal = atom->nlocal;
+  view.ntotal = ntotal;
+  view.nlist = list->inum;
+  view.eflag = eflag;
+  view.vflag = vflag;
+  view.step = update->ntimestep;
+  view.n_pair = static_cast<int64_t>(sender.size());
+  view.x = ntotal ? atom->x[0] : nullptr;
+  view.f = ntotal ? atom->f[0] : nullptr;
+  view.elems = elems.data();
+  view.ilist = list->ilist;
+  view.row_ptr = row_ptr.data();
+  view.sender = sender.data();
+  view.eatoms = eatoms.data();
+  view.energy = 0.0;
+  std::fill(view.virial, view.virial + 6, 0.0);
+  view.vatom = (vflag_atom && ntotal) ? vatom[0] : nullptr;
+  view.n_inside = 0;
+}
+
+void PairMLIAPPy::compute(int eflag, int vflag)
+{
+  ev_init(eflag, vflag);
+  fill_view(eflag, vflag);
+  try {
+    session.call("compute", "");
+  } catch (const mdp::PythonError &e) {
+    stop(e.what());
+  }
+  tally();
+}
+
+void PairMLIAPPy::tally()
+{
+  if (eflag_global) eng_vdwl += view.energy;
+  if (eflag_atom)
+    for (int k = 0; k < list->inum; k++) eatom[list->ilist[k]] += eatoms[k];
+  if (vflag_global)
+    for (int k = 0; k < 6; k++) virial[k] += view.virial[k];
+}
+
+// LAMMPS's own arrays of pairs strictly inside the cutoff, for objects that ask for them.
+int PairMLIAPPy::inside_pairs()
+{
+  if (inside_known) return 0;
+  double **x = atom->x;
+  const double cut_sq = view.rcut * view.rcut;
+  numneighs.assign(view.nlist, 0);
+  for (auto *v : {&inside_row, &inside_i, &inside_j}) v->clear();
+  inside_rij.clear();
+  for (int k = 0; k < view.nlist; k++) {
+    const int i = view.ilist[k];
+    for (int p = row_ptr[k]; p < row_ptr[k + 1]; p++) {
+      const int j = sender[p];
+      const double d[3] = {x[j][0] - x[i][0], x[j][1] - x[i][1], x[j][2] - x[i][2]};
+      if (d[0] * d[0] + d[1] * d[1] + d[2] * d[2] >= cut_sq) continue;
+      inside_row.push_back(k);
+      inside_i.push_back(i);
+      inside_j.push_back(j);
+      inside_rij.insert(inside_rij.end(), d, d + 3);
+      numneighs[k]++;
+    }
+  }
+  view.n_inside = static_cast<int64_t>(inside_i.size());
+  view.inside_row = inside_row.data();
+  view.inside_i = inside_i.data();
+  view.inside_j = inside_j.data();
+  view.inside_rij = inside_rij.data();
+  view.numneighs = numneighs.data();
+  inside_known = true;
+  return 0;
+}
+
+// f_i += f_ij, f_j -= f_ij, virial -= r_ij f_ij, half of it to each end: the meaning that
+// LAMMPS's ML-IAP package gives to update_pair_forces.
+int PairMLIAPPy::pair_forces(const double *fij)
+{
+  double **f = atom->f;
+  constexpr int row[6] = {0, 1, 2, 0, 0, 1}, column[6] = {0, 1, 2, 1, 2, 2};
+  for (int64_t p = 0; p < view.n_inside; p++) {
+    const int i = inside_i[p], j = inside_j[p];
+    const double *fp = fij + 3 * p, *rp = inside_rij.data() + 3 * p;
+    for (int d = 0; d < 3; d++) {
+      f[i][d] += fp[d];
+      f[j][d] -= fp[d];
+    }
+    if (!vflag_either) continue;
+    for (int k = 0; k < 6; k++) {
+      const double v = -rp[row[k]] * fp[column[k]];
+      view.virial[k] += v;
+      if (vflag_atom) {
+        vatom[i][k] += 0.5 * v;
+        vatom[j][k] += 0.5 * v;
+      }
+    }
+  }
+  return 0;
+}
+
+double PairMLIAPPy::memory_usage()
+{
+  double bytes = Pair::memory_usage();
+  for (const auto *v : {&row_ptr, &sender, &elems, &inside_row, &inside_i, &inside_j, &numneighs})
+    bytes += static_cast<double>(v->capacity()) * sizeof(int);
+  bytes += static_cast<double>(eatoms.capacity() + inside_rij.capacity()) * sizeof(double);
+  return bytes;
+}

@@ -1,0 +1,135 @@
+"""The Python side of pair_style mliap/py: one session for each pair style in a run.
+
+The C++ class calls `open_session`, then `coeff` for pair_coeff and `compute` for every step.
+Whatever these raise, LAMMPS ends the run on all ranks with the exception's text.
+
+Optional attributes of a unified object that a session asks for:
+
+    comm_width         largest number of features per atom in one exchange, in float64; 0 means
+                       that it never exchanges. Without it, 64. Wider exchanges are split.
+    set_units(style)   told LAMMPS's unit style before rcutfac is read
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+
+from lammps_interface.loader import load_unified
+from lammps_interface.plugin_data import PluginData, View, array_at, view_at
+
+DEFAULT_COMM_WIDTH = 64
+OWNS_PROCESS: list[bool] = []  # filled by host.run, which starts Python for LAMMPS alone
+
+log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_S = TypeVar("_S")
+
+
+def _reported(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
+    """Faults of the input (ValueError) reach LAMMPS as they are, others with their traceback."""
+
+    @wraps(method)
+    def call(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(self, *args, **kwargs)
+        except ValueError:
+            raise
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        finally:
+            # an interpreter inside lmp is never finalised, so nobody else flushes
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    return call
+
+
+class Session:
+    """A loaded unified object and the data object that it is given in every step."""
+
+    def __init__(self, view: View, name: str):
+        self._view = view
+        if view.owns_process or OWNS_PROCESS:
+            limit_threads(view.ranks_on_node)
+        self.unified = load_unified(name)
+        units = view.units.decode()
+        if hasattr(self.unified, "set_units"):
+            self.unified.set_units(units)
+        self.elements = [str(element) for element in self.unified.element_types]
+        # LAMMPS's mliap unified gives every element the radius 1 and cuts at 2 radius rcutfac
+        view.rcut = 2.0 * float(self.unified.rcutfac)
+        view.comm_width = int(getattr(self.unified, "comm_width", DEFAULT_COMM_WIDTH))
+        self.data = PluginData(
+            view,
+            elements=self.elements,
+            ndescriptors=int(self.unified.ndescriptors or 0),
+            nparams=int(self.unified.nparams or 0),
+        )
+        self.unified.interface = self
+
+    @_reported
+    def coeff(self, names: str) -> None:
+        """Maps atom types to elements.
+
+        Args:
+            names: one element name, or NULL, for each atom type, separated by spaces.
+        """
+        types = array_at(self._view.type_map, (self._view.ntypes,), np.int32)
+        for k, name in enumerate(names.split()):
+            if name == "NULL":
+                types[k] = -1
+            elif name in self.elements:
+                types[k] = self.elements.index(name)
+            else:
+                raise ValueError(
+                    f"the model has no element {name!r} (atom type {k + 1}); it knows "
+                    f"{' '.join(self.elements)}"
+                )
+        if (types < 0).all():
+            raise ValueError("pair_coeff maps no atom type to an element of the model")
+
+    @_reported
+    def compute(self, _: str = "") -> None:
+        """One evaluation; results are written into the view."""
+        self.data.begin_step()
+        self.unified.compute_descriptors(self.data)
+        self.unified.compute_gradients(self.data)
+        self.unified.compute_forces(self.data)
+
+
+class _Opener:
+    @_reported
+    def open(self, address: int, name: str) -> Session:
+        return Session(view_at(address), name)
+
+
+def open_session(address: int, name: str) -> Session:
+    """Loads the model `name` for the pair style whose view is at `address`."""
+    return _Opener().open(address, name)
+
+
+def limit_threads(ranks_on_node: int) -> None:
+    """Shares the cores of this process between the ranks of the node, where we own the process.
+
+    OMP_NUM_THREADS, if set, wins. Numba and torch read the variables when they are imported.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // max(1, ranks_on_node))
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
+    log.info("%d threads for each of %d ranks on %d cores", threads, ranks_on_node, cores)
+    import torch
+
+    torch.set_num_threads(threads)
