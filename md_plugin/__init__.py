@@ -24,7 +24,21 @@ _HOME = {
     "get_backend": "md_plugin.kernels",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "Hipnn",
+    "HipnnCalculator",
+    "HipnnConfig",
+    "Pairs",
+    "Potential",
+    "Structure",
+    "__version__",
+    "get_backend",
+    "list_backends",
+    "load_model",
+    "neighbour_pairs",
+    "save_model",
+    "use_backend",
+]
 
 if TYPE_CHECKING:
     from md_plugin.calculator import HipnnCalculator
