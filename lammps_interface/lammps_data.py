@@ -1,0 +1,146 @@
+"""From LAMMPS's data object to the model's arguments, and results back.
+
+The only file that reads LAMMPS's attribute names. It serves three hosts alike: pair_style
+mliap/py (`PluginData`), plain ML-IAP (numpy), and ML-IAP with KOKKOS (cupy, or numpy on the
+host). All list pairs inside the cutoff row by row, and all take dE/dr_ij back by
+`update_pair_forces`, which adds forces and virial.
+
+Receivers must be the senders 0 .. n_recv - 1. LAMMPS's rows are its atoms 0 .. nlocal - 1 unless
+another pair style handles some types (pair_style hybrid); then atoms are renumbered: rows first,
+then the other atoms of known types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lammps_interface import faults
+from lammps_interface.exchange import LammpsHalo
+from md_plugin.pairs import Pairs
+
+_INDEX = torch.int64
+
+
+@dataclass(frozen=True, eq=False)
+class EngineStep:
+    """One step as the model wants it.
+
+    Attributes:
+        elems: (n_send,) int64 index into the model's elements.
+        pairs: neighbours inside the cutoff.
+        r_ij: (n_pair, 3) float64, LAMMPS's length unit.
+        halo: exchange over LAMMPS, None where the host has none.
+    """
+
+    elems: Tensor
+    pairs: Pairs
+    r_ij: Tensor
+    halo: LammpsHalo | None
+
+
+def coupling_of(data: Any) -> str:
+    """Which of the couplings in `faults` a data object comes from."""
+    if hasattr(data, "list_count"):
+        return faults.PLUGIN
+    if not hasattr(data, "forward_exchange") and "kokkos" not in type(data).__module__:
+        return faults.PLAIN
+    return faults.KOKKOS if device_of(data).type == "cuda" else faults.KOKKOS_HOST
+
+
+def device_of(data: Any) -> torch.device:
+    """Where LAMMPS's arrays live."""
+    # f is asked for, not an index array: those cannot be made where there are no pairs
+    array = data.f if data.ntotal else None
+    return torch.device("cuda") if hasattr(array, "__cuda_array_interface__") else _CPU
+
+
+_CPU = torch.device("cpu")
+
+
+def _tensor(data: Any, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The first `count` rows of an array; nothing is asked for where there are none.
+
+    LAMMPS's Cython couplings raise when an array of length zero is touched.
+    """
+    if count == 0:
+        return torch.empty((0, 3) if name == "rij" else (0,), dtype=dtype, device=device)
+    return torch.as_tensor(getattr(data, name), device=device)[:count].to(dtype)
+
+
+def read_step(data: Any) -> EngineStep:
+    """Views LAMMPS's arrays as the model's arguments, on LAMMPS's device.
+
+    Raises:
+        ValueError: a pair leads to an atom that this pair style does not handle.
+    """
+    device = device_of(data)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # KOKKOS fills the arrays on another stream
+    n_recv, n_send, n_pair = int(data.nlistatoms), int(data.ntotal), int(data.npairs)
+    rows = _tensor(data, "iatoms", n_recv, _INDEX, device)
+    elems = _tensor(data, "elems", n_send, _INDEX, device)
+    r_ij = _tensor(data, "rij", n_pair, torch.float64, device)
+    sender = _tensor(data, "pair_j", n_pair, torch.int32, device)
+    receiver = _tensor(data, "pair_i", n_pair, torch.int32, device)
+    order = None
+    if not torch.equal(rows, torch.arange(n_recv, device=device)):
+        order, index = _renumber(rows, elems)
+        sender, receiver = index[sender.long()], index[receiver.long()]
+        _check_renumbered(order[sender.long()], sender, n_recv, data)
+        elems, n_send = elems[order], order.numel()
+    # rows come one after the other, so that counting the pairs of each is enough
+    row_ptr = torch.zeros(n_recv + 1, dtype=torch.int32, device=device)
+    row_ptr[1:] = torch.bincount(receiver, minlength=n_recv).cumsum(0)
+    halo = None
+    if hasattr(data, "forward_exchange"):
+        halo = LammpsHalo(data, n_recv, device, order)
+    return EngineStep(elems, Pairs(row_ptr, sender, n_send), r_ij, halo)
+
+
+def _renumber(rows: Tensor, elems: Tensor) -> tuple[Tensor, Tensor]:
+    """Order of the senders, (n_send,) atom indices, and its inverse (ntotal,), int32, or -1."""
+    other = elems >= 0
+    other[rows] = False
+    order = torch.cat([rows, other.nonzero()[:, 0]])
+    index = torch.full_like(elems, -1, dtype=torch.int32)
+    index[order] = torch.arange(order.numel(), dtype=torch.int32, device=rows.device)
+    return order, index
+
+
+def _check_renumbered(atoms: Tensor, sender: Tensor, n_recv: int, data: Any) -> None:
+    nlocal = getattr(data, "nlocal", n_recv)
+    if bool((sender < 0).any()) or bool(((sender >= n_recv) & (atoms < nlocal)).any()):
+        raise ValueError(
+            "the neighbour list holds pairs with atoms that this pair style does not handle; "
+            "check the NULL entries of pair_coeff"
+        )
+
+
+def write_results(data: Any, energy: float, atom_energy: Tensor, pair_gradient: Tensor) -> None:
+    """Hands results to LAMMPS.
+
+    Args:
+        data: LAMMPS's data object.
+        energy: of this rank's atoms, LAMMPS's energy unit.
+        atom_energy: (n_recv,) energies in the order of the rows.
+        pair_gradient: (n_pair, 3) dE/dr_ij, which is the force on the receiver along the pair.
+    """
+    device = device_of(data)
+    data.energy = energy
+    if data.nlistatoms:
+        values = atom_energy.detach().to(device, torch.float64).contiguous()
+        if device.type == "cuda":
+            torch.as_tensor(data.eatoms, device=device)[:] = values
+        else:
+            data.eatoms = values.numpy()
+    if pair_gradient.shape[0]:
+        forces = pair_gradient.detach().to(device, torch.float64).contiguous()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            data.update_pair_forces(forces)
+        else:
+            data.update_pair_forces(forces.numpy())

@@ -1,0 +1,116 @@
+"""Unified objects for the tests of pair_style mliap/py; importable inside LAMMPS by PYTHONPATH."""
+
+import sys
+
+import numpy as np
+
+
+class Base:
+    """What an MLIAPUnified object is made of, without LAMMPS's base class."""
+
+    comm_width = 0
+
+    def __init__(self, elements, rcut, **settings):
+        self.interface = None
+        self.element_types = elements
+        self.ndescriptors = 1
+        self.nparams = 1
+        self.rcutfac = rcut / 2
+        self.__dict__.update(settings)
+
+    def compute_descriptors(self, data):
+        pass
+
+    def compute_gradients(self, data):
+        pass
+
+
+class LJ(Base):
+    """Lennard-Jones, the twin of pair_style lj/cut; through LAMMPS's own pair arrays."""
+
+    epsilon = 0.0103
+    sigma = 3.405
+
+    def compute_forces(self, data):
+        r2 = np.sum(data.rij**2, axis=1)
+        s6 = self.sigma**6 / r2**3
+        data.update_pair_energy(4 * self.epsilon * s6 * (s6 - 1))
+        scale = 0.5 * 4 * self.epsilon * s6 * (6 - 12 * s6) / r2
+        data.update_pair_forces(scale[:, None] * data.rij)
+
+
+class Exchange(Base):
+    """Exchanges features known from the position, and checks the adjoint identity.
+
+    The total energy is sum over ranks of <G x, y> - <x, G^T y>, zero when reverse is the adjoint
+    of forward.
+    """
+
+    comm_width = 8
+    box = (1.0, 1.0, 1.0)
+    use_torch = False
+
+    def compute_forces(self, data):
+        energy = 0.0
+        for dtype, width in ((np.float64, 3), (np.float32, 5), (np.float64, 19), (np.float32, 1)):
+            energy += self.check(data, dtype, width)
+        data.energy = energy
+
+    def check(self, data, dtype, width):
+        phase = 2 * np.pi * data.x / np.array(self.box)
+        columns = np.arange(width)
+        known = np.cos(phase[:, columns % 3] * (1 + columns // 3)).astype(dtype)
+        start = known.copy()
+        start[data.nlocal :] = -7
+        filled = np.empty_like(start)
+        data.forward_exchange(*self.pass_on(start, filled), width)
+        tolerance = 1e-5 if dtype == np.float32 else 1e-11
+        np.testing.assert_allclose(filled, known, atol=tolerance)
+
+        rng = np.random.default_rng(data.nlocal + width)
+        y = rng.normal(size=known.shape).astype(dtype)
+        back = np.empty_like(y)
+        data.reverse_exchange(*self.pass_on(y, back), width)
+        assert data.nlocal == 0 or not np.allclose(back, y)
+        local = slice(0, data.nlocal)
+        return float((filled.astype(float) * y).sum() - (known[local] * back[local]).sum())
+
+    def pass_on(self, source, target):
+        if not self.use_torch:
+            return source, target
+        import torch
+
+        return torch.from_numpy(source), torch.from_numpy(target)
+
+
+class Faulty(Base):
+    """Fails in a chosen way on one rank while the others wait in an exchange."""
+
+    comm_width = 4
+    fault = "raise"
+    rank = 0
+
+    def compute_forces(self, data):
+        rows = np.zeros((data.ntotal, 4))
+        if self.interface._view.rank == self.rank:
+            if self.fault == "raise":
+                raise ZeroDivisionError("the model has failed on purpose")
+            if self.fault == "strided":
+                rows = np.zeros((data.ntotal, 8))[:, ::2]
+            if self.fault == "dtype":
+                rows = rows.astype(np.int64)
+            if self.fault == "shape":
+                rows = rows[:-1]
+            if self.fault == "exit":
+                sys.exit(0)
+        data.forward_exchange(rows, np.zeros_like(rows), 4)
+
+
+class Where(Base):
+    """Tells which Python runs and on how many threads."""
+
+    def compute_forces(self, data):
+        import os
+
+        sys.stdout.write(f"\nprefix {sys.prefix} threads {os.environ['OMP_NUM_THREADS']}\n")
+        assert "mpi4py" not in sys.modules
