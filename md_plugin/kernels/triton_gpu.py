@@ -15,6 +15,7 @@ The kernels run on CUDA devices. If TRITON_INTERPRET=1 is in the environment whe
 imported, Triton interprets them instead, on CPU tensors too: slow, for tests.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import contextlib
@@ -26,15 +27,15 @@ from torch import Tensor
 
 from md_plugin.pairs import Pairs
 
-# Triton's ieee dot unrolls the summed dimension in registers: 16 terms at a time do not spill.
-_BLOCK_K = 16
+# Set, not left to Triton: versions differ in the default, and with it in speed and last bits.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
 def _envsum(
     sense, features, row_ptr, sender, env, n_nu, n_feat,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     start = tl.load(row_ptr + i).to(tl.int64)
     end = tl.load(row_ptr + i + 1).to(tl.int64)
@@ -66,7 +67,7 @@ def _envsum(
 def _sensesum(
     env, features, row_ptr, sender, sense, n_nu, n_feat,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     start = tl.load(row_ptr + i).to(tl.int64)
     end = tl.load(row_ptr + i + 1).to(tl.int64)
@@ -99,7 +100,7 @@ def _sensesum(
 def _featsum(
     env, sense, col_ptr, perm, receiver, features, n_nu, n_feat,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     j = tl.program_id(0).to(tl.int64)
     start = tl.load(col_ptr + j).to(tl.int64)
     end = tl.load(col_ptr + j + 1).to(tl.int64)
@@ -125,11 +126,23 @@ def _featsum(
 
 
 INTERPRETED = not isinstance(_envsum, triton.JITFunction)
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
-def _block(size: int, most: int) -> int:
-    """Smallest power of two that covers `size`, within 16 (the least tl.dot takes) .. `most`."""
-    return min(max(triton.next_power_of_2(size), 16), most)
+def tiles(name: str, n_nu: int, n_feat: int) -> dict[str, int]:
+    """Block sizes of the kernel of one sum.
+
+    tl.dot takes no side below 16, and unrolls the summed one in registers (pairs in envsum,
+    features in sensesum): 16 terms at a time stay under 150 registers per thread in both dtypes.
+    """
+    block_nu, block_f = (
+        min(max(int(triton.next_power_of_2(size)), 16), most)
+        for size, most in ((n_nu, 32), (n_feat, 64))
+    )
+    block_p = {"envsum": 16, "sensesum": 32, "featsum": 32 // block_nu}[name]
+    if name == "sensesum":
+        block_f = 16
+    return {"BLOCK_P": block_p, "BLOCK_NU": block_nu, "BLOCK_F": block_f}
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -138,15 +151,15 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     Raises:
         ValueError: the kernels cannot reach the tensor's device.
     """
+    if tensor.device.type not in DEVICES:
+        raise ValueError(
+            f"backend 'triton' computes on CUDA devices, but the tensors are on {tensor.device}; "
+            "choose backend='numba' or 'torch', move the potential to device='cuda', or set "
+            "TRITON_INTERPRET=1 before the start to interpret the kernels on the CPU (slow)"
+        )
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
-    if tensor.device.type == "cpu" and INTERPRETED:
-        return contextlib.nullcontext()
-    raise ValueError(
-        f"backend 'triton' computes on CUDA devices, but the tensors are on {tensor.device}; "
-        "choose backend='numba' or 'torch', move the potential to device='cuda', or set "
-        "TRITON_INTERPRET=1 before the start to interpret the kernels on the CPU (slow)"
-    )
+    return contextlib.nullcontext()
 
 
 def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
@@ -156,12 +169,15 @@ def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
         if pairs.n_pair * n_nu * n_feat == 0:
             return sense.new_zeros(pairs.n_recv, n_nu, n_feat)
         env = sense.new_empty(pairs.n_recv, n_nu, n_feat)
-        block_nu, block_f = _block(n_nu, 32), _block(n_feat, 64)
-        grid = (pairs.n_recv, triton.cdiv(n_feat, block_f), triton.cdiv(n_nu, block_nu))
+        tile = tiles("envsum", n_nu, n_feat)
+        grid = (
+            pairs.n_recv,
+            triton.cdiv(n_feat, tile["BLOCK_F"]),
+            triton.cdiv(n_nu, tile["BLOCK_NU"]),
+        )
         _envsum[grid](
-            sense, features, pairs.row_ptr, pairs.sender, env, n_nu, n_feat,
-            BLOCK_P=_BLOCK_K, BLOCK_NU=block_nu, BLOCK_F=block_f,
-        )  # fmt: skip
+            sense, features, pairs.row_ptr, pairs.sender, env, n_nu, n_feat, **tile, **_OPTIONS
+        )
     return env
 
 
@@ -172,11 +188,10 @@ def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
         if pairs.n_pair * n_nu * n_feat == 0:
             return env.new_zeros(pairs.n_pair, n_nu)
         sense = env.new_empty(pairs.n_pair, n_nu)
-        block_nu = _block(n_nu, 32)
-        _sensesum[(pairs.n_recv, triton.cdiv(n_nu, block_nu))](
-            env, features, pairs.row_ptr, pairs.sender, sense, n_nu, n_feat,
-            BLOCK_P=32, BLOCK_NU=block_nu, BLOCK_F=_BLOCK_K,
-        )  # fmt: skip
+        tile = tiles("sensesum", n_nu, n_feat)
+        _sensesum[(pairs.n_recv, triton.cdiv(n_nu, tile["BLOCK_NU"]))](
+            env, features, pairs.row_ptr, pairs.sender, sense, n_nu, n_feat, **tile, **_OPTIONS
+        )
     return sense
 
 
@@ -187,9 +202,9 @@ def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
         if pairs.n_pair * n_nu * n_feat == 0:
             return env.new_zeros(pairs.n_send, n_feat)
         features = env.new_empty(pairs.n_send, n_feat)
-        block_nu, block_f = _block(n_nu, 32), _block(n_feat, 64)
-        _featsum[(pairs.n_send, triton.cdiv(n_feat, block_f))](
-            env, sense, pairs.col_ptr, pairs.perm, pairs.receiver, features, n_nu, n_feat,
-            BLOCK_P=32 // block_nu, BLOCK_NU=block_nu, BLOCK_F=block_f,
-        )  # fmt: skip
+        tile = tiles("featsum", n_nu, n_feat)
+        index = (pairs.col_ptr, pairs.perm, pairs.receiver)
+        _featsum[(pairs.n_send, triton.cdiv(n_feat, tile["BLOCK_F"]))](
+            env, sense, *index, features, n_nu, n_feat, **tile, **_OPTIONS
+        )
     return features
