@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="tantalum MD in ASE and LAMMPS, with table and plot")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo_output"))
-    demo.add_argument("--steps", type=int, default=200, help="MD steps in each engine")
+    demo.add_argument("--steps", type=int, default=500, help="MD steps in each engine")
     demo.set_defaults(command=_demo)
 
     train = commands.add_parser("train", help="train a model on extended XYZ files")

@@ -1,7 +1,9 @@
 """The three sums on the CPU with numba: parallel over atoms, no atomics, no sort, no copies.
 
 `envsum` and `sensesum` own a receiver's row: its env tile stays in cache while the row's pairs
-stream by. `featsum` owns a sender's block of the transpose, so its result does not depend on the
+stream by. `featsum` does the same and scatters into one buffer per thread, summed at the end; with
+more than `MAX_BUFFERS` threads the buffers would cost more than they save, and it owns a sender's
+block of the transpose instead, gathering env tiles. Both orders of summation are fixed for a given
 number of threads. Compiled code is cached on disk by numba; the first call in a fresh
 installation compiles for a few seconds.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 from md_plugin.pairs import Pairs
 
 DEVICES = ("cpu",)
+MAX_BUFFERS = 8
 
 # fastmath without nnan/ninf: a NaN in the input must come out as NaN, not as noise.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -67,7 +70,32 @@ def _sensesum(env, features, row_ptr, sender, sense):  # type: ignore[no-untyped
 
 
 @_jit
-def _featsum(env, sense, col_ptr, perm, receiver, features):  # type: ignore[no-untyped-def]
+def _featsum_scatter(env, sense, row_ptr, sender, buffers):  # type: ignore[no-untyped-def]
+    n_buffer = buffers.shape[0]
+    n_recv, n_nu, n_feat = env.shape
+    blocked = n_nu // 4 * 4
+    for b in prange(n_buffer):
+        out = buffers[b]
+        out[:, :] = 0.0
+        for i in range(n_recv * b // n_buffer, n_recv * (b + 1) // n_buffer):
+            tile = env[i]
+            for p in range(row_ptr[i], row_ptr[i + 1]):
+                j = sender[p]
+                for nu in range(0, blocked, 4):
+                    s0, s1 = sense[p, nu], sense[p, nu + 1]
+                    s2, s3 = sense[p, nu + 2], sense[p, nu + 3]
+                    e0, e1, e2, e3 = tile[nu], tile[nu + 1], tile[nu + 2], tile[nu + 3]
+                    if s0 != 0.0 or s1 != 0.0 or s2 != 0.0 or s3 != 0.0:
+                        for a in range(n_feat):
+                            out[j, a] += s0 * e0[a] + s1 * e1[a] + s2 * e2[a] + s3 * e3[a]
+                for nu in range(blocked, n_nu):
+                    s = sense[p, nu]
+                    for a in range(n_feat):
+                        out[j, a] += s * tile[nu, a]
+
+
+@_jit
+def _featsum_gather(env, sense, col_ptr, perm, receiver, features):  # type: ignore[no-untyped-def]
     n_send, n_feat = features.shape
     n_nu = sense.shape[1]
     blocked = n_nu // 4 * 4
@@ -114,8 +142,15 @@ def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
 
 def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat)."""
+    n_thread = numba.get_num_threads()
+    if n_thread <= MAX_BUFFERS:
+        buffers = torch.empty(n_thread, pairs.n_send, env.shape[2], dtype=env.dtype)
+        _featsum_scatter(
+            _view(env), _view(sense), _view(pairs.row_ptr), _view(pairs.sender), _view(buffers)
+        )
+        return buffers[0] if n_thread == 1 else buffers.sum(dim=0)
     features = torch.empty(pairs.n_send, env.shape[2], dtype=env.dtype)
-    _featsum(
+    _featsum_gather(
         _view(env),
         _view(sense),
         _view(pairs.col_ptr),
