@@ -136,7 +136,7 @@ class Trainer:
         """One step; returns loss and the sums of absolute errors of energy per atom and forces."""
         result = evaluate_labelled(self.potential, labels, create_graph=True)
         loss = loss_of(result, labels, self.config)
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(loss.item()):
             raise FloatingPointError(
                 f"the loss is {float(loss)} in epoch {len(self.history) + 1}: lower learning_rate, "
                 "or look for structures with atoms on top of each other"
@@ -160,7 +160,7 @@ class Trainer:
             assert result.forces is not None
             energy = ((result.energy - labels.energy) / labels.batch.n_atoms).abs().sum()
             forces = (result.forces - labels.forces).abs().sum()
-        return float(loss), float(energy), float(forces)
+        return loss.item(), float(energy), float(forces)
 
     def _learning_rate(self, progress: float) -> float:
         """Learning rate after `progress` epochs."""
