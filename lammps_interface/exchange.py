@@ -34,7 +34,7 @@ class LammpsHalo:
 
     def fill(self, features: Tensor) -> Tensor:
         """(n_recv, n_feat) -> (n_send, n_feat); see `md_plugin.halo.Halo`."""
-        return cast(Tensor, _Fill.apply(features, self))
+        return cast(Tensor, _Fill.apply(features, self))  # type: ignore[no-untyped-call]
 
     def all_rows(self, rows: Tensor) -> Tensor:
         """Rows of the first senders -> contiguous rows of all atoms of LAMMPS, zero elsewhere."""

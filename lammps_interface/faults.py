@@ -3,9 +3,9 @@
 | LAMMPS | coupling | fault |
 | --- | --- | --- |
 | all | ML-IAP, plain | no exchange of features: only one interaction layer can be right |
-| before 15 Dec 2025 | ML-IAP with KOKKOS | wrong results with feature exchange (pull request 4808) |
+| before 15 Dec 2025 | ML-IAP with KOKKOS | wrong results with feature exchange (PR 4808) |
 | all up to 4 Jul 2026 | ML-IAP with KOKKOS on the host | the exchange overruns its buffers |
-| all | ghostneigh 1 | wrong forces for years (pull request 4532); never needed by this model |
+| all | ghostneigh 1 | wrong forces for years (PR 4532); never needed by this model |
 """
 
 from __future__ import annotations

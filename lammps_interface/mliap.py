@@ -178,10 +178,10 @@ def _check_finite(energy: float, data: Any) -> None:
     import numpy as np
 
     x = getattr(data, "x", None)
-    bad = [] if x is None else np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if len(bad):
+    n_bad = 0 if x is None else int((~np.isfinite(x).all(axis=1)).sum())
+    if n_bad:
         raise ValueError(
-            f"{len(bad)} atoms have positions that are not numbers; the run has become unstable "
+            f"{n_bad} atoms have positions that are not numbers; the run has become unstable "
             "(time step too long, or a bad start)"
         )
     raise ValueError(

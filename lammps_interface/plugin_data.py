@@ -94,7 +94,8 @@ def array_at(address: int | None, shape: tuple[int, ...], dtype: type) -> np.nda
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if not address or not size:
         return np.empty(shape, dtype)
-    return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(address))
+    buffer: Any = (ctypes.c_char * size).from_address(address)
+    return np.ndarray(shape, dtype, buffer)
 
 
 def _host_rows(name: str, rows: Any, count: int) -> np.ndarray:
@@ -205,12 +206,12 @@ class PluginData:
     @property
     def ielems(self) -> np.ndarray:
         """(nlistatoms,) element index of each row."""
-        return self.elems[self.iatoms]
+        return np.take(self.elems, self.iatoms)
 
     @property
     def jelems(self) -> np.ndarray:
         """(npairs,) element index of each sender."""
-        return self.elems[self.pair_j]
+        return np.take(self.elems, self.pair_j)
 
     # results
 

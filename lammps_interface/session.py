@@ -12,13 +12,12 @@ Optional attributes of a unified object that a session asks for:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -29,29 +28,22 @@ DEFAULT_COMM_WIDTH = 64
 OWNS_PROCESS: list[bool] = []  # filled by host.run, which starts Python for LAMMPS alone
 
 log = logging.getLogger(__name__)
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_S = TypeVar("_S")
 
 
-def _reported(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
     """Faults of the input (ValueError) reach LAMMPS as they are, others with their traceback."""
-
-    @wraps(method)
-    def call(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        try:
-            return method(self, *args, **kwargs)
-        except ValueError:
-            raise
-        except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        finally:
-            # an interpreter inside lmp is never finalised, so nobody else flushes
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-    return call
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    finally:
+        # an interpreter inside lmp is never finalised, so nobody else flushes
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 class Session:
@@ -77,7 +69,7 @@ class Session:
         )
         self.unified.interface = self
 
-    @_reported
+    @_reported()
     def coeff(self, names: str) -> None:
         """Maps atom types to elements.
 
@@ -98,7 +90,7 @@ class Session:
         if (types < 0).all():
             raise ValueError("pair_coeff maps no atom type to an element of the model")
 
-    @_reported
+    @_reported()
     def compute(self, _: str = "") -> None:
         """One evaluation; results are written into the view."""
         self.data.begin_step()
@@ -107,15 +99,10 @@ class Session:
         self.unified.compute_forces(self.data)
 
 
-class _Opener:
-    @_reported
-    def open(self, address: int, name: str) -> Session:
-        return Session(view_at(address), name)
-
-
+@_reported()
 def open_session(address: int, name: str) -> Session:
     """Loads the model `name` for the pair style whose view is at `address`."""
-    return _Opener().open(address, name)
+    return Session(view_at(address), name)
 
 
 def limit_threads(ranks_on_node: int) -> None:
