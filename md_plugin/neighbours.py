@@ -44,10 +44,13 @@ def neighbour_pairs(
         ``r_ij = x[sender] - x[receiver] + image @ cell``.
 
     Raises:
-        ValueError: positions or cell are not finite, or the cell is flat in a periodic direction.
+        ValueError: positions or cell are not finite, the cell is flat in a periodic direction, or
+            rcut is not a positive number.
     """
     from vesin import NeighborList
 
+    if not 0.0 < rcut < np.inf:
+        raise ValueError(f"rcut must be a positive number of Å, got {rcut}")
     x = np.ascontiguousarray(positions, dtype=np.float64).reshape(-1, 3)
     periodic = np.broadcast_to(np.asarray(pbc, dtype=bool), (3,))
     box = complete_cell(cell, periodic)
@@ -205,6 +208,8 @@ class Batch:
     def _single(cls, s: Structure, rcut: float) -> Batch:
         pbc = np.broadcast_to(np.asarray(s.pbc, dtype=bool), (3,))
         x = np.ascontiguousarray(s.positions, dtype=np.float64).reshape(-1, 3)
+        if len(s.species) != len(x):
+            raise ValueError(f"a structure has {len(s.species)} species but {len(x)} positions")
         pairs, image = neighbour_pairs(x, s.cell, pbc, rcut)
         h = complete_cell(s.cell, pbc)
         r_ij = pair_vectors(torch.from_numpy(x), pairs, image @ torch.from_numpy(h))
