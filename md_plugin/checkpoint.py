@@ -2,7 +2,8 @@
 
     safetensors            parameters by name, in the dtype in which they were trained
     header["md_plugin"]    JSON: format_version, units, config (HipnnConfig), info (training
-                           summary, closest distance, origin), hash (SHA-256 of config + tensors)
+                           summary, closest distance, origin), hash (SHA-256 of all this and of
+                           the tensors)
 
 A file of a newer format is refused; one of an older format is brought up by the functions in
 `_UPDATES`, one per version.
@@ -43,9 +44,13 @@ def save_model(
         info: JSON-serialisable entries, added to the potential's own.
     """
     path = Path(path)
+    data = model_bytes(model, info)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(model_bytes(model, info))
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def model_bytes(model: Potential | Hipnn, info: Mapping[str, Any] | None = None) -> bytes:
@@ -55,14 +60,14 @@ def model_bytes(model: Potential | Hipnn, info: Mapping[str, Any] | None = None)
     network = model.model if isinstance(model, Potential) else model
     merged = {**(model.info if isinstance(model, Potential) else {}), **(info or {})}
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    config = network.config.to_dict()
     header = {
         "format_version": FORMAT_VERSION,
         "units": {"energy": "eV", "length": "angstrom"},
-        "config": config,
+        "config": network.config.to_dict(),
         "info": merged,
-        "hash": _content_hash(config, tensors),
     }
+    header = json.loads(json.dumps(header))  # what a reader will see: lists, string keys
+    header["hash"] = _content_hash(header, tensors)
     data: bytes = save(tensors, metadata={_KEY: json.dumps(header)})
     return data
 
@@ -112,10 +117,14 @@ def load_model_bytes(
         tensors = load(data)
     except Exception as error:
         raise CheckpointError(f"model file {name} is damaged: {error}") from error
-    if _content_hash(header["config"], tensors) != header["hash"]:
-        raise CheckpointError(f"model file {name} was changed after it was written (wrong hash)")
+    if _content_hash(header, tensors) != header.get("hash"):
+        raise CheckpointError(
+            f"model file {name} was changed after it was written (wrong hash); copy it again"
+        )
+    header = _updated(header)
     network = Hipnn(HipnnConfig(**header["config"]), backend=backend)
-    network.load_state_dict(tensors)
+    # In the dtype of the file: float32 parameters would round what was trained in float64.
+    network.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
     network.eval().requires_grad_(False)
     return Potential(network, device=device, dtype=dtype, info=header["info"])
 
@@ -123,7 +132,7 @@ def load_model_bytes(
 def read_header(source: str | Path) -> dict[str, Any]:
     """The JSON header of a `.hipnn` file: format_version, units, config, info, hash."""
     path = _find(source)
-    return _parse_header(path.read_bytes(), str(path))
+    return _updated(_parse_header(path.read_bytes(), str(path)))
 
 
 def bundled_models() -> dict[str, Path]:
@@ -158,21 +167,25 @@ def _parse_header(data: bytes, name: str) -> dict[str, Any]:
         version = int(header["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{name} is not a .hipnn model file of md_plugin. Models of hippynn are brought over "
-            "with md-plugin import-hippynn"
+            f"{name} is not a .hipnn model file of md_plugin, or its header is damaged"
         ) from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"model file {name} has format version {version}; this md_plugin reads up to "
             f"{FORMAT_VERSION}: upgrade md_plugin"
         )
-    for old in range(version, FORMAT_VERSION):
+    return header
+
+
+def _updated(header: dict[str, Any]) -> dict[str, Any]:
+    for old in range(int(header["format_version"]), FORMAT_VERSION):
         header = _UPDATES[old](header)
     return header
 
 
-def _content_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+def _content_hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    text = json.dumps({k: v for k, v in header.items() if k != "hash"}, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
