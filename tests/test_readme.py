@@ -1,4 +1,4 @@
-"""The README's first screen says what is true: its blocks run, its files exist, the tools are clean."""
+"""What the README says is true: its blocks run, its links lead somewhere, the tools are clean."""
 
 import re
 import subprocess
