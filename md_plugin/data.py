@@ -1,6 +1,6 @@
 """Data: labelled structures from extended XYZ (or anything that ASE reads), ready for training.
 
-    file --ase.io--> Dataset(structures, energy, forces, stress) --rcut--> LabelledBatch per structure
+    file --ase.io--> Dataset (structures, labels) --rcut--> one LabelledBatch per structure
 
 Units are eV and Å. Energy and forces are required in every frame; stress is optional, frame by
 frame (ASE's sign, eV/Å^3), and becomes the virial  W = -volume stress,  NaN where it is not known.

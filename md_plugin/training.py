@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from md_plugin.checkpoint import load_model, save_model
 from md_plugin.data import (
@@ -74,7 +75,7 @@ class Trainer:
         network.load_state_dict(potential.model.state_dict())
         network.requires_grad_(False)
         self.parameters = [p for p in potential.model.parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters if p.ndim > 1]},
             {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -87,7 +88,8 @@ class Trainer:
     @property
     def best_epoch(self) -> int:
         """Number of the epoch with the lowest validation loss, 0 before the first."""
-        return min(range(len(self.history)), key=lambda k: self.history[k]["valid_loss"], default=-1) + 1
+        losses = [row["valid_loss"] for row in self.history]
+        return losses.index(min(losses)) + 1 if losses else 0
 
     def fit(self) -> str:
         """Train until an end is reached; returns why it ended."""
@@ -155,8 +157,9 @@ class Trainer:
         if self.config.ema_decay == 0:
             decay = 0.0
         with torch.no_grad():
-            averaged = list(self.average.model.parameters())
-            torch._foreach_lerp_(averaged, list(self.potential.model.parameters()), 1.0 - decay)
+            averaged: list[Tensor] = list(self.average.model.parameters())
+            current: list[Tensor] = list(self.potential.model.parameters())
+            torch._foreach_lerp_(averaged, current, 1.0 - decay)
             assert result.forces is not None
             energy = ((result.energy - labels.energy) / labels.batch.n_atoms).abs().sum()
             forces = (result.forces - labels.forces).abs().sum()
@@ -317,8 +320,10 @@ def _centre_energy(potential: Potential, parts: list[LabelledBatch], atoms: int)
     for labels in minibatches(parts, atoms):
         energy = potential.evaluate(labels.batch, forces=False).energy
         residual.append((labels.energy - energy) / labels.batch.n_atoms)
+    last = potential.model.readouts[-1]
+    assert isinstance(last, nn.Linear)
     with torch.no_grad():
-        potential.model.readouts[-1].bias += torch.cat(residual).median()
+        last.bias += torch.cat(residual).median()
 
 
 def _set_threads(threads: int | None) -> None:

@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Terms:
-    """One number each for energy (per atom), forces (per component) and stress (virial per atom)."""
+    """One number each for energy per atom, force components and stress (virial per atom)."""
 
     energy: float
     forces: float
@@ -184,7 +184,8 @@ def _check_keys(given: Mapping[str, Any], known: set[str], needed: set[str], whe
         if key not in known:
             close = get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{where}: unknown key {key!r}{hint} (known: {', '.join(sorted(known))})")
+            names = ", ".join(sorted(known))
+            raise ConfigError(f"{where}: unknown key {key!r}{hint} (known: {names})")
     for key in sorted(needed - set(given)):
         raise ConfigError(f"{where}: the key {key!r} is missing")
 
