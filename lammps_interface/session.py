@@ -37,7 +37,7 @@ def _reported() -> Iterator[None]:
         yield
     except ValueError:
         raise
-    except Exception as error:
+    except BaseException as error:  # sys.exit() and Ctrl-C have to end all ranks as well
         traceback.print_exc(file=sys.stderr)
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     finally:

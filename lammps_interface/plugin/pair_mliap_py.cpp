@@ -155,6 +155,10 @@ void PairMLIAPPy::coeff(int narg, char **arg)
   view.ntypes = ntypes;
   view.type_map = type_map.data();
   together([&] { session.call("coeff", names.c_str()); });
+  for (int i = 1; i <= ntypes; i++)
+    if (type_map[i - 1] < 0 && force->pair == this)
+      error->all(FLERR, "atom type {} is mapped to NULL; that is for types that another pair style "
+                        "handles (pair_style hybrid)", i);
 
   for (int i = 1; i <= ntypes; i++)
     for (int j = i; j <= ntypes; j++)
@@ -172,9 +176,7 @@ void PairMLIAPPy::init_style()
 
 double PairMLIAPPy::init_one(int i, int j)
 {
-  if (!setflag[i][j])
-    error->all(FLERR, "pair_style mliap/py: atom types {} and {} have no coefficients; types "
-                      "mapped to NULL need another pair style (pair_style hybrid)", i, j);
+  if (!setflag[i][j]) error->all(FLERR, "pair_coeff is missing for atom types {} and {}", i, j);
   return view.rcut;
 }
 
