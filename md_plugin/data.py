@@ -221,7 +221,7 @@ def minibatches(
         atoms_per_batch: a batch is closed before the structure that would exceed this.
         seed: order of the structures; None keeps the given order.
     """
-    order = range(len(parts))
+    order = list(range(len(parts)))
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(parts), generator=generator).tolist()

@@ -323,7 +323,7 @@ def _centre_energy(potential: Potential, parts: list[LabelledBatch], atoms: int)
     last = potential.model.readouts[-1]
     assert isinstance(last, nn.Linear)
     with torch.no_grad():
-        last.bias += torch.cat(residual).median()
+        last.bias.add_(torch.cat(residual).median())
 
 
 def _set_threads(threads: int | None) -> None:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,8 @@ class TrainingConfig:
     gradient_clip: float = 5.0
     ema_decay: float = 0.99
     early_stopping: int | None = None
-    weights: Terms = field(default=Terms(100.0, 1.0, 10.0))
-    huber: Terms = field(default=Terms(0.02, 0.5, 0.1))
+    weights: Terms = Terms(100.0, 1.0, 10.0)
+    huber: Terms = Terms(0.02, 0.5, 0.1)
     force_scale: float | None = 5.0
     seed: int = 0
     dtype: str = "float32"
@@ -156,10 +156,10 @@ def read_config(path: str | Path, output: str | Path | None = None) -> Config:
     training = _mapping(sections.get("training"), f"{path}, training")
     for name in ("weights", "huber"):
         if name in training:
-            default: Terms = TrainingConfig.__dataclass_fields__[name].default
-            given = _mapping(training[name], f"{path}, training, {name}")
-            merged = {**vars(default), **given}
-            training[name] = _build(Terms, merged, f"{path}, training, {name}")
+            where = f"{path}, training, {name}"
+            # A class attribute with the default: what is not given keeps it.
+            merged = {**vars(getattr(TrainingConfig, name)), **_mapping(training[name], where)}
+            training[name] = _build(Terms, merged, where)
     model = _mapping(sections.get("model"), f"{path}, model")
     _check_keys(model, {f.name for f in fields(HipnnConfig)}, set(), f"{path}, model")
     target = Path(output) if output is not None else base / str(sections.get("output", "training"))

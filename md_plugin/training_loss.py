@@ -33,7 +33,8 @@ def force_weights(forces: Tensor, scale: float | None) -> Tensor:
     """Weights (n_atom,) in (0, 1] from label forces (n_atom, 3), eV/Å."""
     if scale is None:
         return torch.ones_like(forces[:, 0])
-    return (1.0 + torch.linalg.vector_norm(forces, dim=1) / scale) ** -2
+    size: Tensor = torch.linalg.vector_norm(forces, dim=1)
+    return (1.0 + size / scale).pow(-2)
 
 
 def loss_of(result: Evaluation, labels: LabelledBatch, config: TrainingConfig) -> Tensor:
