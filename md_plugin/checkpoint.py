@@ -93,11 +93,7 @@ def load_model(
     """
     if isinstance(source, Potential):
         return source
-    path = _find(source)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read model file {path}: {error.strerror}") from error
+    path, data = _read(source)
     return load_model_bytes(data, name=str(path), device=device, dtype=dtype, backend=backend)
 
 
@@ -131,14 +127,22 @@ def load_model_bytes(
 
 def read_header(source: str | Path) -> dict[str, Any]:
     """The JSON header of a `.hipnn` file: format_version, units, config, info, hash."""
-    path = _find(source)
-    return _updated(_parse_header(path.read_bytes(), str(path)))
+    path, data = _read(source)
+    return _updated(_parse_header(data, str(path)))
 
 
 def bundled_models() -> dict[str, Path]:
     """Name -> path of the models that come with the package."""
     folder = Path(str(resources.files("md_plugin") / "data"))
     return {path.stem: path for path in sorted(folder.glob("*.hipnn"))}
+
+
+def _read(source: str | Path) -> tuple[Path, bytes]:
+    path = _find(source)
+    try:
+        return path, path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read model file {path}: {error.strerror}") from error
 
 
 def _find(source: str | Path) -> Path:

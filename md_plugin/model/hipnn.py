@@ -68,8 +68,10 @@ class HipnnConfig:
         if self.order not in (0, 1, 2):
             raise ValueError(f"order must be 0, 1 or 2, got {self.order}")
         if min(self.n_feat, self.n_nu, self.n_interactions) < 1 or self.n_atom_layers < 0:
-            raise ValueError("n_feat, n_nu and n_interactions must be at least 1")
-        if not 0 < self.r_min < self.r_max <= self.rcut:
+            raise ValueError(
+                "n_feat, n_nu and n_interactions must be at least 1, n_atom_layers at least 0"
+            )
+        if not 0 < self.r_min < self.r_max <= self.rcut < float("inf"):
             raise ValueError(
                 f"needs 0 < r_min < r_max <= rcut, got {self.r_min}, {self.r_max}, {self.rcut} Å"
             )
