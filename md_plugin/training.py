@@ -13,6 +13,7 @@ so a resumed run is the run that was never interrupted, bit for bit.
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import math
@@ -70,10 +71,8 @@ class Trainer:
         self.potential, self.config, self.output = potential, config, output
         self.train, self.identity = train, dict(identity or {})
         self.valid = list(minibatches(valid, config.atoms_per_batch))
-        network = Hipnn(potential.model.config, backend=potential.model.backend)
-        self.average = Potential(network, dtype=config.dtype, info=potential.info)
-        network.load_state_dict(potential.model.state_dict())
-        network.requires_grad_(False)
+        average = copy.deepcopy(potential.model).requires_grad_(False)
+        self.average = Potential(average, dtype=config.dtype, info=potential.info)
         self.parameters = [p for p in potential.model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters if p.ndim > 1]},
@@ -138,12 +137,12 @@ class Trainer:
         """One step; returns loss and the sums of absolute errors of energy per atom and forces."""
         result = evaluate_labelled(self.potential, labels, create_graph=True)
         loss = loss_of(result, labels, self.config)
-        if not math.isfinite(loss.item()):
+        value = loss.item()
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss is {float(loss)} in epoch {len(self.history) + 1}: lower learning_rate, "
+                f"the loss is {value} in epoch {len(self.history) + 1}: lower learning_rate, "
                 "or look for structures with atoms on top of each other"
             )
-        # Parameters of the last biases have no influence on forces alone, so grads may be missing.
         grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
@@ -163,7 +162,7 @@ class Trainer:
             assert result.forces is not None
             energy = ((result.energy - labels.energy) / labels.batch.n_atoms).abs().sum()
             forces = (result.forces - labels.forces).abs().sum()
-        return loss.item(), float(energy), float(forces)
+        return value, float(energy), float(forces)
 
     def _learning_rate(self, progress: float) -> float:
         """Learning rate after `progress` epochs."""
@@ -253,6 +252,11 @@ def train_from_config(
         DataError: the data are.
     """
     config = read_config(path, output)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        return _train(config, resume)
+
+
+def _train(config: Config, resume: bool) -> dict[str, Any]:
     _set_threads(config.training.threads)
     files = {"train": config.data.train, "valid": config.data.valid, "test": config.data.test}
     sets = {k: read_dataset(p, config.data.keys) for k, p in files.items() if p is not None}
@@ -284,9 +288,8 @@ def prepare(
         "r_closest": closest_distance(parts["train"]),
         "data": {name: dataset.digest for name, dataset in sets.items()},
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        network = Hipnn(model_config)
+    torch.manual_seed(config.training.seed)
+    network = Hipnn(model_config)
     potential = Potential(network, dtype=config.training.dtype, info=info)
     _centre_energy(potential, parts["train"], config.training.atoms_per_batch)
     config.output.mkdir(parents=True, exist_ok=True)

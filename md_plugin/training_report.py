@@ -53,13 +53,15 @@ def report(
         "n_parameters": sum(p.numel() for p in best.model.parameters()),
     }
     output = config.output
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2)
+    (output / "summary.json").write_text(text + "\n")
     info = {k: summary[k] for k in ("md_plugin", "epochs", "best_epoch", "units", "errors")}
     save_model(output / "best.hipnn", best, {"training": info})
     last = "test" if "test" in predictions else "valid"
     plot_parity(predictions[last], last, output / "parity.png")
     plot_history(history, output / "learning_curve.png")
-    return summary
+    returned: dict[str, Any] = json.loads(text)
+    return returned
 
 
 def errors_by_type(predictions: Predictions, config_type: list[str]) -> dict[str, Errors]:
