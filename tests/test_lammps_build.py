@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lammps_helpers import LIMIT, dump_object, environment, lmp, needs_lammps, write_crystal
+from lammps_helpers import LIMIT, dump_object, environment, launch, lmp, needs_lammps, write_crystal
 from lammps_objects import LJ
 
 from lammps_interface import build, entry, faults, session
@@ -157,13 +157,11 @@ def variant(folder, **macros):
     return folder
 
 
-def run_variant(tmp_path, folder, python_is_host=False):
+def run_variant(tmp_path, folder):
     prepare(tmp_path)
     env = environment(LAMMPS_PLUGIN_PATH=folder)
     executable = Path(build.lammps_package()) / "lmp"
     env["LD_LIBRARY_PATH"] = str(Path(sys.prefix) / "lib")
-    from lammps_helpers import launch
-
     return launch([executable, "-sf", "py", "-log", "none", "-in", "in.lmp"], tmp_path, 2, env)
 
 
@@ -179,6 +177,20 @@ def test_python_without_shared_library(tmp_path):
     done = run_variant(tmp_path, folder)
     assert done.returncode != 0
     assert "md-plugin lmp -sf py -in in.script" in done.stdout
+
+
+def test_python_as_host_needs_no_shared_library(tmp_path):
+    prepare(tmp_path)
+    folder = variant(tmp_path / "static", MDP_LIBPYTHON='""')
+    code = (
+        "import os, sys\nimport lammps_interface.entry as entry\n"
+        f"entry.plugin_folder = lambda: {str(folder)!r}\n"
+        "from lammps_interface.host import run\n"
+        "sys.exit(run(['-sf', 'py', '-log', 'none', '-in', 'in.lmp']))"
+    )
+    done = launch([sys.executable, "-c", code], tmp_path, 2)
+    assert done.returncode == 0, done.stdout
+    assert f"Loaded 1 plugins from {folder}" in done.stdout
 
 
 def test_libpython_that_has_gone(tmp_path):

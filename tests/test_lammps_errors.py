@@ -140,6 +140,31 @@ def test_bad_input(tmp_path, case):
     assert_ends(run_script(tmp_path, **changes), text)
 
 
+def test_bonded_neighbours_outside_the_list(tmp_path):
+    good(tmp_path)
+    write_crystal(tmp_path / "atoms.data", (3, 2, 2), 5.3)
+    data = (tmp_path / "atoms.data").read_text().splitlines()
+    start = data.index("Atoms") + 2
+    rows = [line.split() for line in data[start:]]
+    data[start:] = [" ".join([row[0], "1", *row[1:]]) for row in rows]
+    data[3] += "\n1 bonds\n1 bond types"
+    data += ["", "Bonds", "", "1 1 1 2"]
+    (tmp_path / "atoms.data").write_text("\n".join(data) + "\n")
+    text = SCRIPT.format(
+        units="metal",
+        newton="on\natom_style bond\nbond_style zero",
+        style="unified model.pkl 0",
+        coeff="* * Ar Kr",
+        more="bond_coeff *",
+    )
+    (tmp_path / "in.lmp").write_text(text)
+    assert_ends(lmp(tmp_path, 2), "special_bonds lj/coul 1 1 1")
+    allowed = "special_bonds lj/coul 1 1 1\npair_style"
+    (tmp_path / "in.lmp").write_text(text.replace("pair_style", allowed, 1))
+    done = lmp(tmp_path, 2)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize(
     ("fault", "text"),
     [

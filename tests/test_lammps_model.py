@@ -127,6 +127,13 @@ def test_layers_with_empty_ranks(tmp_path, slab, n_interactions):
     assert_same(found, slab, potential, 1e-9)
 
 
+def test_cell_smaller_than_the_cutoff(tmp_path):
+    write_crystal(tmp_path / "atoms.data", (1, 1, 1), 4.1, tilt=(0.3, -0.2, 0.4))
+    potential = make_potential(order=2)
+    small = read_structure(tmp_path / "atoms.data")
+    assert_same(in_lammps(tmp_path, potential, 1), small, potential, 1e-9)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 def test_single_precision(tmp_path, crystal, dtype):
     exact = make_potential("float64")

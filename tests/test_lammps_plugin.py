@@ -152,6 +152,14 @@ def test_exchange_forward_and_adjoint(tmp_path, ranks, use_torch):
     assert np.abs(thermo[:, 1]).max() < 1e-2, "reverse is not the adjoint of forward"
 
 
+def test_exchange_in_a_tiled_decomposition(tmp_path):
+    write_crystal(tmp_path / "atoms.data", (4, 3, 3), 5.3)
+    unified = Exchange(["Ar", "Kr"], RCUT, box=BOX)
+    run = "comm_style tiled\nbalance 1.0 rcb\nrun 2"
+    thermo, _ = twin(tmp_path, START, 4, run, unified=unified)
+    assert np.abs(thermo[:, 1]).max() < 1e-2
+
+
 def test_exchange_with_empty_ranks(tmp_path, slab):
     unified = Exchange(["Ar", "Kr"], RCUT, box=(2 * 5.3, 2 * 5.3, 12 * 5.3))
     thermo, _ = twin(tmp_path, "processors 1 1 4\n" + slab, 4, "run 2", unified=unified)

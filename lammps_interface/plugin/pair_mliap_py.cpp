@@ -1,4 +1,5 @@
-// Implements pair_mliap_py.h: settings, time step, results. The exchange is in exchange.cpp.
+// Implements pair_mliap_py.h: settings, time step, results. What Python calls back for is in
+// callbacks.cpp, the feature exchange in exchange.cpp.
 
 #include "pair_mliap_py.h"
 
@@ -35,18 +36,7 @@ PairMLIAPPy::PairMLIAPPy(LAMMPS *lmp) :
   view.rank = comm->me;
   view.nranks = comm->nprocs;
   view.pair = this;
-  view.inside_pairs = [](void *pair) {
-    return guarded(pair, [](PairMLIAPPy *p) { return p->inside_pairs(); });
-  };
-  view.pair_forces = [](void *pair, const double *fij) {
-    return guarded(pair, [=](PairMLIAPPy *p) { return p->pair_forces(fij); });
-  };
-  view.exchange = [](void *pair, int32_t reverse, void *data, int64_t stride, int64_t first,
-                     int32_t bytes, int32_t item) {
-    return guarded(pair, [=](PairMLIAPPy *p) {
-      return p->exchange(reverse, data, stride, first, bytes, item);
-    });
-  };
+  set_callbacks();
 }
 
 PairMLIAPPy::~PairMLIAPPy()
@@ -54,19 +44,6 @@ PairMLIAPPy::~PairMLIAPPy()
   if (allocated) {
     memory->destroy(setflag);
     memory->destroy(cutsq);
-  }
-}
-
-// Callbacks are called from Python: no exception may pass through its frames.
-template <typename Body> int PairMLIAPPy::guarded(void *pair, Body body)
-{
-  auto *self = static_cast<PairMLIAPPy *>(pair);
-  try {
-    return body(self);
-  } catch (const std::exception &e) {
-    self->error_text = e.what();
-    self->view.error_text = self->error_text.c_str();
-    return 1;
   }
 }
 
@@ -97,7 +74,8 @@ void PairMLIAPPy::together(const std::function<void()> &body)
 void PairMLIAPPy::stop(const std::string &text)
 {
   if (universe->nprocs == 1) error->all(FLERR, "pair_style mliap/py: {}", text);
-  const std::string line = "ERROR on proc " + std::to_string(universe->me) + ": pair_style mliap/py: " + text + "\n";
+  const std::string line = "ERROR on proc " + std::to_string(universe->me) +
+      ": pair_style mliap/py: " + text + "\n";
   fputs(line.c_str(), stderr);
   if (logfile) fputs(line.c_str(), logfile);
   fflush(nullptr);
@@ -170,8 +148,24 @@ void PairMLIAPPy::init_style()
   if (!force->newton_pair)
     error->all(FLERR, "pair_style mliap/py requires newton pair on: put 'newton on' at the top "
                       "of the script");
+  check_special_bonds();
   neighbor->add_request(this, NeighConst::REQ_FULL);
   rows_of = nullptr;
+}
+
+// LAMMPS leaves bonded neighbours with a weight of zero, its default, out of the list. A network
+// needs every neighbour, and would be silently wrong without them.
+void PairMLIAPPy::check_special_bonds()
+{
+  if (atom->molecular == Atom::ATOMIC || atom->nbonds == 0) return;
+  bool dropped = false;
+  for (int k = 1; k <= 3; k++)
+    if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0) dropped = true;
+  if (!dropped) return;
+  const char *text = "pair_style mliap/py: bonded neighbours are left out of the neighbour list; "
+                     "write 'special_bonds lj/coul 1 1 1' if the model describes these bonds";
+  if (force->pair == this) error->all(FLERR, text);
+  if (comm->me == 0) error->warning(FLERR, text);
 }
 
 double PairMLIAPPy::init_one(int i, int j)
@@ -264,64 +258,6 @@ void PairMLIAPPy::tally()
     for (int k = 0; k < list->inum; k++) eatom[list->ilist[k]] += eatoms[k];
   if (vflag_global)
     for (int k = 0; k < 6; k++) virial[k] += view.virial[k];
-}
-
-// LAMMPS's own arrays of pairs strictly inside the cutoff, for objects that ask for them.
-int PairMLIAPPy::inside_pairs()
-{
-  if (inside_known) return 0;
-  double **x = atom->x;
-  const double cut_sq = view.rcut * view.rcut;
-  numneighs.assign(view.nlist, 0);
-  for (auto *v : {&inside_row, &inside_i, &inside_j}) v->clear();
-  inside_rij.clear();
-  for (int k = 0; k < view.nlist; k++) {
-    const int i = view.ilist[k];
-    for (int p = row_ptr[k]; p < row_ptr[k + 1]; p++) {
-      const int j = sender[p];
-      const double d[3] = {x[j][0] - x[i][0], x[j][1] - x[i][1], x[j][2] - x[i][2]};
-      if (d[0] * d[0] + d[1] * d[1] + d[2] * d[2] >= cut_sq) continue;
-      inside_row.push_back(k);
-      inside_i.push_back(i);
-      inside_j.push_back(j);
-      inside_rij.insert(inside_rij.end(), d, d + 3);
-      numneighs[k]++;
-    }
-  }
-  view.n_inside = static_cast<int64_t>(inside_i.size());
-  view.inside_row = inside_row.data();
-  view.inside_i = inside_i.data();
-  view.inside_j = inside_j.data();
-  view.inside_rij = inside_rij.data();
-  view.numneighs = numneighs.data();
-  inside_known = true;
-  return 0;
-}
-
-// f_i += f_ij, f_j -= f_ij, virial -= r_ij f_ij, half of it to each end: the meaning that
-// LAMMPS's ML-IAP package gives to update_pair_forces.
-int PairMLIAPPy::pair_forces(const double *fij)
-{
-  double **f = atom->f;
-  constexpr int row[6] = {0, 1, 2, 0, 0, 1}, column[6] = {0, 1, 2, 1, 2, 2};
-  for (int64_t p = 0; p < view.n_inside; p++) {
-    const int i = inside_i[p], j = inside_j[p];
-    const double *fp = fij + 3 * p, *rp = inside_rij.data() + 3 * p;
-    for (int d = 0; d < 3; d++) {
-      f[i][d] += fp[d];
-      f[j][d] -= fp[d];
-    }
-    if (!vflag_either) continue;
-    for (int k = 0; k < 6; k++) {
-      const double v = -rp[row[k]] * fp[column[k]];
-      view.virial[k] += v;
-      if (vflag_atom) {
-        vatom[i][k] += 0.5 * v;
-        vatom[j][k] += 0.5 * v;
-      }
-    }
-  }
-  return 0;
 }
 
 double PairMLIAPPy::memory_usage()

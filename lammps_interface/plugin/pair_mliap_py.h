@@ -38,7 +38,9 @@ class PairMLIAPPy : public Pair {
   void unpack_reverse_comm(int, int *, double *) override;
 
  private:
+  void set_callbacks();
   void allocate();
+  void check_special_bonds();
   void rebuild_rows();
   void fill_view(int, int);
   void tally();
