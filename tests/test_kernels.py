@@ -1,0 +1,186 @@
+"""The three sums: op x backend x device x dtype x shape against brute force in float64."""
+
+import pytest
+import torch
+from kernel_cases import (
+    ARGUMENTS,
+    CASES,
+    DTYPES,
+    OPS,
+    assert_sum,
+    backend_parameters,
+    expected,
+    matrix_parameters,
+    poisoned_memory,
+    run_sum,
+    use_variant,
+)
+
+from md_plugin.kernels import get_backend, reference
+from md_plugin.kernels.closure import SumKernels
+from md_plugin.pairs import Pairs
+
+ODD = CASES["unsorted, odd"]
+
+
+@pytest.fixture(params=backend_parameters())
+def backend(request, monkeypatch):
+    return use_variant(request.param, monkeypatch)
+
+
+@pytest.mark.parametrize(("op", "variant", "device", "dtype", "shape"), matrix_parameters())
+def test_matrix(op, variant, device, dtype, shape, monkeypatch):
+    case = CASES[shape]
+    arrays = case.arrays(dtype)
+    want, tolerance = expected(op, case, *(arrays[name] for name in ARGUMENTS[op]))
+    with poisoned_memory():
+        got = run_sum(op, use_variant(variant, monkeypatch), case, arrays, device)
+    assert got.device.type == device
+    assert_sum(got, want, tolerance, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64"))
+def test_adjoint_identities(backend, dtype):
+    """<envsum(s, z), e> = <s, sensesum(e, z)> = <z, featsum(e, s)>."""
+    for case in (case for name, case in CASES.items() if name != "large"):
+        arrays = case.arrays(dtype)
+        pairs, perm = case.pairs()
+        s, z, e = arrays["sense"][perm], arrays["features"], arrays["env"]
+        products = [
+            (backend.envsum(s, z, pairs).double() * e).sum(),
+            (backend.sensesum(e, z, pairs).double() * s).sum(),
+            (backend.featsum(e, s, pairs).double() * z).sum(),
+        ]
+        # The kernels round at most n_terms times each (as in `expected`); the outer sum is double.
+        terms = (e.abs()[pairs.receiver] * s.abs()[:, :, None]).double()
+        magnitude = (terms * z.abs()[pairs.sender_long][:, None, :]).sum()
+        n_terms = max(case.n_feat, len(case.receiver) * case.n_nu)
+        tolerance = n_terms * torch.finfo(dtype).eps * magnitude
+        assert abs(products[0] - products[1]) <= tolerance
+        assert abs(products[0] - products[2]) <= tolerance
+
+
+def test_two_runs_agree_to_the_last_bit(backend):
+    arrays = ODD.arrays(torch.float32)
+    for op in OPS:
+        first, second = (run_sum(op, backend, ODD, arrays) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def test_non_contiguous_inputs(backend):
+    pairs, perm = ODD.pairs()
+    arrays = ODD.arrays(torch.float64)
+    arrays["sense"] = arrays["sense"][perm]
+    for op in OPS:
+        plain = [arrays[name] for name in ARGUMENTS[op]]
+        turned = [x.mT.contiguous().mT for x in plain]
+        strided = [torch.stack([x, x], dim=-1)[..., 1] for x in plain]
+        want = getattr(backend, op)(*plain, pairs)
+        for inputs in (turned, strided):
+            assert not any(x.is_contiguous() for x in inputs)
+            assert torch.equal(getattr(backend, op)(*inputs, pairs), want)
+
+
+def test_expanded_gradient(backend):
+    """The gradient of a plain sum arrives with strides of zero."""
+    pairs, _ = ODD.pairs()
+    arrays = ODD.arrays(torch.float64)
+    sense, features = (arrays[name].requires_grad_() for name in ("sense", "features"))
+    grads = torch.autograd.grad(backend.envsum(sense, features, pairs).sum(), (sense, features))
+    ones = torch.ones_like(arrays["env"])
+    assert torch.equal(grads[0], backend.sensesum(ones, features, pairs))
+    assert torch.equal(grads[1], backend.featsum(ones, sense, pairs))
+
+
+def test_inputs_are_left_alone(backend):
+    arrays = ODD.arrays(torch.float64)
+    before = {name: x.clone() for name, x in arrays.items()}
+    for op in OPS:
+        run_sum(op, backend, ODD, arrays)
+    assert all(torch.equal(arrays[name], before[name]) for name in arrays)
+
+
+def test_nan_comes_out_as_nan(backend):
+    """A NaN atom must not be summed away silently; other atoms stay clean."""
+    case = CASES["ghosts"]
+    arrays = case.arrays(torch.float64)
+    arrays["features"][case.sender[0]] = torch.nan
+    env = run_sum("envsum", backend, case, arrays)
+    touched = {i for i, j in zip(case.receiver, case.sender, strict=True) if j == case.sender[0]}
+    for i in range(case.n_recv):
+        assert bool(env[i].isnan().any()) == (i in touched)
+
+
+def broken(kind, op):
+    """The reference with one sum spoiled."""
+
+    def spoiled(first, second, pairs):
+        right = getattr(reference, op)
+        if kind == "scaled by 1e-4":
+            return right(first, second, pairs) * (1 + 1e-4)
+        if kind == "last pair of a row is lost":
+            row_ptr = pairs.row_ptr.clone()
+            row_ptr[-1] -= 1
+            n = pairs.n_pair - 1
+            if op == "sensesum":
+                out = right(first, second, pairs)
+                out[n] = 0.0
+                return out
+            second = second[:n] if op == "featsum" else second
+            first = first[:n] if op == "envsum" else first
+            return right(first, second, Pairs(row_ptr, pairs.sender[:n], pairs.n_send))
+        out = right(first, second, pairs)
+        return torch.empty_like(out) if kind == "never written" else out[..., :1]
+
+    sums = {name: getattr(reference, name) for name in OPS} | {op: spoiled}
+    return SumKernels(**sums)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64"))
+@pytest.mark.parametrize(
+    "kind", ("scaled by 1e-4", "last pair of a row is lost", "never written", "wrong shape")
+)
+def test_a_broken_kernel_fails_the_matrix(kind, dtype, op):
+    arrays = ODD.arrays(dtype)
+    want, tolerance = expected(op, ODD, *(arrays[name] for name in ARGUMENTS[op]))
+    assert_sum(run_sum(op, get_backend("torch"), ODD, arrays), want, tolerance, dtype)
+    with poisoned_memory():
+        got = run_sum(op, broken(kind, op), ODD, arrays)
+    with pytest.raises(AssertionError):
+        assert_sum(got, want, tolerance, dtype)
+
+
+BAD_INPUT = [
+    ("envsum", "sense", (39, 7), r"sense must have 2 dimensions and n_pair = 40 rows, got .*39, 7"),
+    ("envsum", "features", (8, 41), r"features must have 2 dimensions and n_send = 9 rows"),
+    ("sensesum", "env", (9, 7), r"env must have 3 dimensions and n_recv = 9 rows"),
+    ("sensesum", "features", (9, 40), r"sensesum: shapes \(9, 7, 41\) and \(9, 40\) differ"),
+    ("featsum", "env", (8, 7, 41), r"env must have 3 dimensions and n_recv = 9 rows"),
+    ("featsum", "sense", (40, 6), r"featsum: shapes \(9, 7, 41\) and \(40, 6\) differ"),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "shape", "message"), BAD_INPUT)
+def test_wrong_shapes(backend, op, name, shape, message):
+    arrays = ODD.arrays(torch.float32) | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=message):
+        getattr(backend, op)(*(arrays[label] for label in ARGUMENTS[op]), ODD.pairs()[0])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float64), (torch.float16, torch.float16), (torch.int64, torch.int64)],
+)
+def test_wrong_dtypes(backend, op, dtypes):
+    arrays = ODD.arrays(torch.float32)
+    inputs = (arrays[name].to(dtype) for name, dtype in zip(ARGUMENTS[op], dtypes, strict=True))
+    with pytest.raises(TypeError, match=f"{op}: needs two float32 or two float64.*{dtypes[1]}"):
+        getattr(backend, op)(*inputs, ODD.pairs()[0])
+
+
+def test_tensors_on_another_device_than_the_pairs(backend):
+    arrays = ODD.arrays(torch.float32)
+    with pytest.raises(ValueError, match="envsum: sense is on meta, the pairs on cpu"):
+        backend.envsum(arrays["sense"].to("meta"), arrays["features"], ODD.pairs()[0])
