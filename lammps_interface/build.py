@@ -183,6 +183,7 @@ def _command(compiler: Path, output: Path) -> list[str]:
     month = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[int(date[4:6]) - 1]
     return [
         *(str(compiler), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
+        f"-fmacro-prefix-map={SOURCE}/=",  # error messages name the file, not its folder
         *("-DLAMMPS_SMALLBIG", f"-DMDP_LAMMPS_VERSION={date}"),
         f'-DMDP_LAMMPS_DATE="{int(date[6:])} {month} {date[:4]}"',
         f'-DMDP_LIBPYTHON="{library or ""}"',

@@ -53,12 +53,11 @@ def coupling_of(data: Any) -> str:
 
 def device_of(data: Any) -> torch.device:
     """Where LAMMPS's arrays live."""
-    # f is asked for, not an index array: those cannot be made where there are no pairs
-    array = data.f if data.ntotal else None
-    return torch.device("cuda") if hasattr(array, "__cuda_array_interface__") else _CPU
-
-
-_CPU = torch.device("cpu")
+    if data.ntotal:
+        # f is asked for, not an index array: those cannot be made where there are no pairs
+        return torch.device("cuda" if hasattr(data.f, "__cuda_array_interface__") else "cpu")
+    on_gpu = "kokkos" in type(data).__module__ and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _tensor(data: Any, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

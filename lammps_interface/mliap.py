@@ -165,6 +165,8 @@ class HipnnMLIAP(MLIAPUnified):
         """Nothing: LAMMPS calls it before compute_forces."""
 
     def __repr__(self) -> str:
+        if self._potential is not None:
+            return f"HipnnMLIAP({self._potential!r})"
         state = self._state
         return (
             f"HipnnMLIAP({' '.join(state['elements'])}, rcut={state['rcut']} Å, "

@@ -44,6 +44,7 @@ class View(ctypes.Structure):
         ("pair", c_void_p),
         ("rcut", c_double),
         ("comm_width", c_int32),
+        ("info", ctypes.c_char * 512),
         ("ntypes", c_int32),
         ("type_map", c_void_p),
         ("nlocal", c_int32),

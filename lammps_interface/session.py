@@ -13,7 +13,6 @@ Optional attributes of a unified object that a session asks for:
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import traceback
@@ -26,8 +25,6 @@ from lammps_interface.plugin_data import PluginData, View, array_at, view_at
 
 DEFAULT_COMM_WIDTH = 64
 OWNS_PROCESS: list[bool] = []  # filled by host.run, which starts Python for LAMMPS alone
-
-log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -51,8 +48,10 @@ class Session:
 
     def __init__(self, view: View, name: str):
         self._view = view
+        threads = ""
         if view.owns_process or OWNS_PROCESS:
             limit_threads(view.ranks_on_node)
+            threads = f", {os.environ['OMP_NUM_THREADS']} threads per rank"
         self.unified = load_unified(name)
         units = view.units.decode()
         if hasattr(self.unified, "set_units"):
@@ -68,6 +67,8 @@ class Session:
             nparams=int(self.unified.nparams or 0),
         )
         self.unified.interface = self
+        info = f"{self.unified!r} by the Python of {sys.prefix}{threads}"
+        view.info = info.encode(errors="replace")[:511]
 
     @_reported()
     def coeff(self, names: str) -> None:
@@ -116,7 +117,6 @@ def limit_threads(ranks_on_node: int) -> None:
     threads = max(1, cores // max(1, ranks_on_node))
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
-    log.info("%d threads for each of %d ranks on %d cores", threads, ranks_on_node, cores)
     import torch
 
     torch.set_num_threads(threads)

@@ -153,6 +153,50 @@ def test_hosts_equal_python(kind, n_interactions):
     np.testing.assert_allclose(data.folded_forces(), expected.forces.numpy(), atol=1e-12)
 
 
+class CudaData(ExchangingData):
+    """As KOKKOS hands it over: arrays on the GPU."""
+
+    def __init__(self, structure, rows=None):
+        super().__init__(structure, rows)
+        self.f = torch.zeros(self.ntotal, 3, dtype=torch.float64, device="cuda")
+        self.eatoms = torch.zeros(self.n, dtype=torch.float64, device="cuda")
+        self.owner_on_gpu = torch.as_tensor(self.owner, device="cuda")
+
+    def _array(self, array):
+        return torch.as_tensor(super()._array(array), device="cuda")
+
+    @property
+    def rij(self):
+        i, j = self._pairs.T
+        return self._array(self._d[i, j])
+
+    def update_pair_forces(self, fij):
+        assert fij.is_cuda
+        self.f.index_add_(0, self.pair_i.long(), fij)
+        self.f.index_add_(0, self.pair_j.long(), -fij)
+
+    def forward_exchange(self, copy_from, copy_to, vec_len):
+        copy_to[:] = copy_from[self.owner_on_gpu]
+
+    def reverse_exchange(self, copy_from, copy_to, vec_len):
+        ghosts = copy_from[self.n :].clone()
+        copy_to[:] = copy_from
+        copy_to.index_add_(0, self.owner_on_gpu[self.n :], ghosts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_arrays_on_the_gpu():
+    crystal, model = structure(), potential(2)
+    data = CudaData(crystal)
+    unified = HipnnMLIAP(model_bytes(model), dtype="float64")
+    unified.compute_forces(data)
+    expected = model.evaluate(crystal)
+    assert data.energy == pytest.approx(float(expected.energy[0]), rel=1e-10)
+    forces = torch.zeros(data.n, 3, dtype=torch.float64, device="cuda")
+    forces.index_add_(0, data.owner_on_gpu, data.f)
+    np.testing.assert_allclose(forces.cpu().numpy(), expected.forces.numpy(), atol=1e-10)
+
+
 def test_rows_that_are_a_subset_are_renumbered():
     crystal, model = structure(), potential(2)
     rows = np.array([7, 1, 2, 5, 8])

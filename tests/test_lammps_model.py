@@ -147,6 +147,18 @@ def test_units_real(tmp_path, crystal):
     assert_same(found, crystal, potential, 1e-9, energy_unit=KCAL)
 
 
+def test_atoms_too_close_are_told_once(tmp_path, crystal):
+    potential = make_potential()
+    potential.info["r_closest"] = 4.0
+    export_mliap(potential, tmp_path / "model.pt", dtype="float64")
+    text = SCRIPT.format(units="metal", processors="", run="run 3").replace("../", "")
+    (tmp_path / "in.lmp").write_text(text)
+    done = lmp(tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("the closest pair in the training data") == 1
+    assert "mliap/py: HipnnMLIAP(Potential(HIP-NN, Ta, W" in done.stdout
+
+
 def test_atom_virial_is_the_pair_form(tmp_path, crystal):
     potential = make_potential()
     _, atoms = in_lammps(tmp_path, potential, 2)

@@ -143,8 +143,7 @@ def test_host_run(tmp_path, crystal, ranks):
     assert_close(found, reference(tmp_path, crystal), 1e-11)
 
 
-@pytest.mark.parametrize("use_torch", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("ranks", "use_torch"), [(1, False), (2, True), (4, False)])
 def test_exchange_forward_and_adjoint(tmp_path, ranks, use_torch):
     write_crystal(tmp_path / "atoms.data", (4, 3, 3), 5.3)
     unified = Exchange(["Ar", "Kr"], RCUT, box=BOX, use_torch=use_torch)

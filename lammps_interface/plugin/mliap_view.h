@@ -24,6 +24,7 @@ struct MLIAPView {
   // answered by Python when the model is loaded
   double rcut;           // largest distance between interacting atoms, LAMMPS length unit
   int32_t comm_width;    // largest number of features per atom in one exchange; 0: no exchange
+  char info[512];        // one line for the log: which model, on what
 
   // pair_coeff: Python fills type_map[0 .. ntypes-1] with element indices, -1 for NULL
   int32_t ntypes;

@@ -113,6 +113,8 @@ void PairMLIAPPy::settings(int narg, char **arg)
     session.create("lammps_interface.session", "open_session", &view, arg[1]);
   });
 
+  if (comm->me == 0) utils::logmesg(lmp, "mliap/py: {}\n", view.info);
+
   // LAMMPS sizes its communication buffers from these when it initialises
   comm_forward = comm_reverse = view.comm_width;
 }
