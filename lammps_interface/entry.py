@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
 
 def plugin_folder() -> str:
     """The folder with the plugin; one without plugins if it cannot be built."""
@@ -18,7 +20,7 @@ def plugin_folder() -> str:
 
         return str(ensure_plugin())
     except Exception as error:
-        rank = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
-        if rank == "0":
+        ranks = [os.environ.get(name, "0") for name in RANK_VARIABLES]
+        if all(rank == "0" for rank in ranks):
             sys.stderr.write(f"md_plugin: no pair_style mliap/py in this LAMMPS: {error}\n")
         return str(Path(__file__).parent / "plugin")

@@ -11,7 +11,7 @@ import pytest
 from lammps_helpers import LIMIT, dump_object, environment, launch, lmp, needs_lammps, write_crystal
 from lammps_objects import LJ
 
-from lammps_interface import build, entry, faults, session
+from lammps_interface import build, entry, faults, host, session
 
 pytestmark = needs_lammps
 
@@ -207,6 +207,19 @@ def test_compilers(tmp_path, monkeypatch, compiler):
     monkeypatch.setenv("MD_PLUGIN_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
     assert (build.ensure_plugin() / build.FILE_NAME).stat().st_size > 10_000
+
+
+def test_no_mpi_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(host.metadata, "files", lambda name: [])
+    monkeypatch.setattr(host.ctypes, "CDLL", _no_library)
+    with pytest.raises(OSError, match=r"no MPI library libmpi\.so\.12 found: pip install"):
+        host.preload_mpi()
+    assert host.run(["-in", "in.lmp"]) == 1
+
+
+def _no_library(*_):
+    raise OSError
 
 
 def test_table_of_known_faults(monkeypatch):
