@@ -127,6 +127,7 @@ class Hipnn(nn.Module):
         encoder = torch.full((N_ELEMENTS, n_species), torch.nan)
         encoder[list(config.species)] = torch.eye(n_species)
         self.register_buffer("encoder", encoder, persistent=False)
+        # No buffer: those are cast with the network, and float32 would round total energies.
         self._reference_energy = torch.zeros(N_ELEMENTS, dtype=torch.float64)
         if config.reference_energies:
             known = torch.tensor(config.reference_energies, dtype=torch.float64)
@@ -168,19 +169,35 @@ class Hipnn(nn.Module):
         for level, block in enumerate(self.blocks):
             interaction, *atom_layers = cast(nn.ModuleList, block)
             if level > 0:
-                features = halo.fill(features)
+                features = _filled(halo, features, pairs)
             features = interaction(features, pairs, r, components, sums)
             for atom_layer in atom_layers:
                 features = atom_layer(features)
             energy = energy + self.readouts[level + 1](features)
 
-        reference = self._reference_energy.to(r.device)
-        atom_energy: Tensor = energy[:, 0].double() + reference[species[: pairs.n_recv].long()]
+        reference = self._reference_energy[species[: pairs.n_recv].long()]
+        atom_energy: Tensor = energy[:, 0].double() + reference
         return atom_energy
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._reference_energy = self._reference_energy.to(self.encoder.device)
+        return self
 
     def extra_repr(self) -> str:
         """The backend, for repr."""
         return f"backend={self.backend!r}"
+
+
+def _filled(halo: Halo, features: Tensor, pairs: Pairs) -> Tensor:
+    filled = halo.fill(features)
+    if filled.shape[0] != pairs.n_send:
+        raise ValueError(
+            f"{pairs.n_send - pairs.n_recv} ghost atoms, but the features of "
+            f"{filled.shape[0] - pairs.n_recv} are known: models with several interaction layers "
+            "need a halo that fills them"
+        )
+    return filled
 
 
 def _block(config: HipnnConfig, n_in: int, n_out: int) -> nn.ModuleList:
