@@ -109,14 +109,13 @@ def open_session(address: int, name: str) -> Session:
 def limit_threads(ranks_on_node: int) -> None:
     """Shares the cores of this process between the ranks of the node, where we own the process.
 
-    OMP_NUM_THREADS, if set, wins. Numba and torch read the variables when they are imported.
+    OMP_NUM_THREADS, if set, wins, for torch and numba alike: ranks with more threads than cores
+    spend their time waiting for each other. Both read the variables when they are imported.
     """
-    if "OMP_NUM_THREADS" in os.environ:
-        return
     cores = len(os.sched_getaffinity(0))
-    threads = max(1, cores // max(1, ranks_on_node))
-    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ.setdefault(name, str(threads))
+    share = str(max(1, cores // max(1, ranks_on_node)))
+    threads = os.environ.setdefault("OMP_NUM_THREADS", share).split(",")[0]
+    os.environ.setdefault("NUMBA_NUM_THREADS", threads)
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(int(threads))

@@ -44,7 +44,7 @@ def environment(**extra):
     """The environment of a run: one thread, test objects importable, plus `extra`."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("LAMMPS")}
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS), env.get("PYTHONPATH", "")])
-    env["OMP_NUM_THREADS"] = "1"
+    env["OMP_NUM_THREADS"] = env["NUMBA_NUM_THREADS"] = "1"
     env.update({key: str(value) for key, value in extra.items()})
     return env
 

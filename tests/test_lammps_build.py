@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lammps_helpers import LIMIT, dump_object, environment, launch, lmp, needs_lammps, write_crystal
 from lammps_objects import LJ
 
@@ -239,6 +240,18 @@ def test_table_of_known_faults(monkeypatch):
 
 
 def test_threads_are_shared_between_ranks(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    session.limit_threads(2)
-    assert os.environ["OMP_NUM_THREADS"] == "5"
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    try:
+        for given, ranks, expected in (("", 2, 4), ("", 16, 1), ("3", 2, 3)):
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+            monkeypatch.setenv("NUMBA_NUM_THREADS", "")
+            if not given:
+                monkeypatch.delenv("OMP_NUM_THREADS")
+            monkeypatch.delenv("NUMBA_NUM_THREADS")
+            session.limit_threads(ranks)
+            assert os.environ["OMP_NUM_THREADS"] == str(expected)
+            assert os.environ["NUMBA_NUM_THREADS"] == str(expected)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
