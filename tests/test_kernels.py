@@ -42,7 +42,7 @@ def test_matrix(op, variant, device, dtype, shape, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64"))
 def test_adjoint_identities(backend, dtype):
     """<envsum(s, z), e> = <s, sensesum(e, z)> = <z, featsum(e, s)>."""
-    for case in (case for name, case in CASES.items() if name != "large"):
+    for case in (case for case in CASES.values() if len(case.receiver) < 50):
         arrays = case.arrays(dtype)
         pairs, perm = case.pairs()
         s, z, e = arrays["sense"][perm], arrays["features"], arrays["env"]
