@@ -106,7 +106,7 @@ def test_more_pairs_than_int32_can_count(monkeypatch):
 
 def test_bad_rows():
     int32, int64 = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1])
-    with pytest.raises(TypeError, match="must be int32, got torch.int64.*from_edges converts"):
+    with pytest.raises(TypeError, match=r"must be int32, got torch.int64.*from_edges converts"):
         Pairs(int64, int32[:1], 1)
     for row_ptr, sender in ((int32[:0], int32), (int32[None], int32), (int32, int32[None])):
         with pytest.raises(ValueError, match=r"row_ptr must have shape \(n_recv \+ 1,\)"):
