@@ -180,7 +180,7 @@ class Hipnn(nn.Module):
         return atom_energy
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._reference_energy = self._reference_energy.to(self.encoder.device)
         return self
 
