@@ -6,7 +6,14 @@ Each sum is linear in both of its arguments, and its gradients are the other two
     s = sensesum(e, z):  de = envsum(ds, z)       dz = featsum(e, ds)
     z = featsum(e, s):   de = envsum(s, dz)       ds = sensesum(e, dz)
 
-so derivatives of any order (forces, training on forces) never leave the set. This file knows no
+so derivatives of any order (forces, training on forces) never leave the set. So is the product of
+sensitivities s with tensor components t, and its contractions:
+
+    g = stack(t, s):            dt = fold_components(dg, s)   ds = fold_sense(dg, t)
+    s = fold_sense(g, t):       dg = stack(t, ds)             dt = fold_components(g, ds)
+    t = fold_components(g, s):  dg = stack(dt, s)             ds = fold_sense(g, dt)
+
+This file knows no
 backend: the raw kernels come in as a `SumKernels`.
 """
 
@@ -19,9 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from md_plugin.kernels import reference
 from md_plugin.pairs import Pairs
 
 RawSum = Callable[[Tensor, Tensor, Pairs], Tensor]
+RawProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,9 @@ class SumKernels:
     envsum: RawSum
     sensesum: RawSum
     featsum: RawSum
+    stack: RawProduct = reference.stack
+    fold_sense: RawProduct = reference.fold_sense
+    fold_components: RawProduct = reference.fold_components
 
 
 class EnvSum(torch.autograd.Function):
@@ -100,6 +112,66 @@ class FeatSum(torch.autograd.Function):
         grad_env = EnvSum.apply(k, sense, grad_feat, pairs) if ctx.needs_input_grad[1] else None
         grad_sense = SenseSum.apply(k, env, grad_feat, pairs) if ctx.needs_input_grad[2] else None
         return None, grad_env, grad_sense, None
+
+
+class Stack(torch.autograd.Function):
+    """stacked = stack(components, sense)."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: SumKernels, components: Tensor, sense: Tensor) -> Tensor:
+        """Runs the raw kernel."""
+        ctx.save_for_backward(components, sense)
+        ctx.kernels = kernels
+        return kernels.stack(components.contiguous(), sense.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Gradients by the two contractions."""
+        components, sense = ctx.saved_tensors
+        k = ctx.kernels
+        grad_comp = FoldComponents.apply(k, grads[0], sense) if ctx.needs_input_grad[1] else None
+        grad_sense = FoldSense.apply(k, grads[0], components) if ctx.needs_input_grad[2] else None
+        return None, grad_comp, grad_sense
+
+
+class FoldSense(torch.autograd.Function):
+    """sense = fold_sense(stacked, components)."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: SumKernels, stacked: Tensor, components: Tensor) -> Tensor:
+        """Runs the raw kernel."""
+        ctx.save_for_backward(stacked, components)
+        ctx.kernels = kernels
+        return kernels.fold_sense(stacked.contiguous(), components.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Gradients by the product and the other contraction."""
+        stacked, components = ctx.saved_tensors
+        k = ctx.kernels
+        grad_stack = Stack.apply(k, components, grads[0]) if ctx.needs_input_grad[1] else None
+        grad_comp = FoldComponents.apply(k, stacked, grads[0]) if ctx.needs_input_grad[2] else None
+        return None, grad_stack, grad_comp
+
+
+class FoldComponents(torch.autograd.Function):
+    """components = fold_components(stacked, sense)."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: SumKernels, stacked: Tensor, sense: Tensor) -> Tensor:
+        """Runs the raw kernel."""
+        ctx.save_for_backward(stacked, sense)
+        ctx.kernels = kernels
+        return kernels.fold_components(stacked.contiguous(), sense.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Gradients by the product and the other contraction."""
+        stacked, sense = ctx.saved_tensors
+        k = ctx.kernels
+        grad_stack = Stack.apply(k, grads[0], sense) if ctx.needs_input_grad[1] else None
+        grad_sense = FoldSense.apply(k, stacked, grads[0]) if ctx.needs_input_grad[2] else None
+        return None, grad_stack, grad_sense
 
 
 def check_shapes(name: str, first: Tensor, second: Tensor, pairs: Pairs) -> None:

@@ -117,6 +117,41 @@ def _featsum_gather(env, sense, col_ptr, perm, receiver, features):  # type: ign
                     features[j, a] += s * tile[nu, a]
 
 
+@_jit
+def _stack(components, sense, stacked):  # type: ignore[no-untyped-def]
+    n_pair, n_comp = components.shape
+    n_nu = sense.shape[1]
+    for p in prange(n_pair):
+        for c in range(n_comp):
+            t = components[p, c]
+            for nu in range(n_nu):
+                stacked[p, c * n_nu + nu] = t * sense[p, nu]
+
+
+@_jit
+def _fold_sense(stacked, components, sense):  # type: ignore[no-untyped-def]
+    n_pair, n_comp = components.shape
+    n_nu = sense.shape[1]
+    for p in prange(n_pair):
+        sense[p] = 0.0
+        for c in range(n_comp):
+            t = components[p, c]
+            for nu in range(n_nu):
+                sense[p, nu] += t * stacked[p, c * n_nu + nu]
+
+
+@_jit
+def _fold_components(stacked, sense, components):  # type: ignore[no-untyped-def]
+    n_pair, n_comp = components.shape
+    n_nu = sense.shape[1]
+    for p in prange(n_pair):
+        for c in range(n_comp):
+            total = sense.dtype.type(0.0)
+            for nu in range(n_nu):
+                total += stacked[p, c * n_nu + nu] * sense[p, nu]
+            components[p, c] = total
+
+
 def _view(tensor: Tensor) -> np.ndarray:
     if tensor.device.type != "cpu":
         raise ValueError(
@@ -159,3 +194,27 @@ def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
         _view(features),
     )
     return features
+
+
+def stack(components: Tensor, sense: Tensor) -> Tensor:
+    """(n_pair, n_comp), (n_pair, n_nu) -> (n_pair, n_comp n_nu), components outermost."""
+    n_comp, n_nu = components.shape[1], sense.shape[1]
+    stacked = torch.empty(sense.shape[0], n_comp * n_nu, dtype=sense.dtype)
+    _stack(_view(components), _view(sense), _view(stacked))
+    return stacked
+
+
+def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
+    """(n_pair, n_comp n_nu), (n_pair, n_comp) -> (n_pair, n_nu)."""
+    n_pair, n_comp = components.shape
+    sense = torch.empty(n_pair, stacked.shape[1] // n_comp, dtype=stacked.dtype)
+    _fold_sense(_view(stacked), _view(components), _view(sense))
+    return sense
+
+
+def fold_components(stacked: Tensor, sense: Tensor) -> Tensor:
+    """(n_pair, n_comp n_nu), (n_pair, n_nu) -> (n_pair, n_comp)."""
+    n_pair, n_nu = sense.shape
+    components = torch.empty(n_pair, stacked.shape[1] // n_nu, dtype=stacked.dtype)
+    _fold_components(_view(stacked), _view(sense), _view(components))
+    return components

@@ -4,6 +4,12 @@
     sensesum  sense[p, nu]    = sum_a env[receiver(p), nu, a] features[sender(p), a]
     featsum   features[j, a]  = sum_{p: sender(p) = j} sum_nu env[receiver(p), nu, a] sense[p, nu]
 
+and the product that makes tensor sensitivities (HIP-NN-TS), with its two contractions:
+
+    stack           stacked[p, (c, nu)] = components[p, c] sense[p, nu]
+    fold_sense      sense[p, nu]        = sum_c  stacked[p, (c, nu)] components[p, c]
+    fold_components components[p, c]    = sum_nu stacked[p, (c, nu)] sense[p, nu]
+
 Reads like the equations and is never optimised: it stores an (n_pair, n_nu, n_feat) array.
 """
 
@@ -29,3 +35,22 @@ def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
     terms = (env[pairs.receiver] * sense[:, :, None]).sum(dim=1)
     features = terms.new_zeros(pairs.n_send, env.shape[2])
     return features.index_add_(0, pairs.sender_long, terms)
+
+
+def stack(components: Tensor, sense: Tensor) -> Tensor:
+    """(n_pair, n_comp), (n_pair, n_nu) -> (n_pair, n_comp n_nu), components outermost."""
+    return (components[:, :, None] * sense[:, None, :]).flatten(1)
+
+
+def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
+    """(n_pair, n_comp n_nu), (n_pair, n_comp) -> (n_pair, n_nu)."""
+    n_pair, n_comp = components.shape
+    n_nu = stacked.shape[1] // n_comp
+    return (stacked.view(n_pair, n_comp, n_nu) * components[:, :, None]).sum(dim=1)
+
+
+def fold_components(stacked: Tensor, sense: Tensor) -> Tensor:
+    """(n_pair, n_comp n_nu), (n_pair, n_nu) -> (n_pair, n_comp)."""
+    n_pair, n_nu = sense.shape
+    n_comp = stacked.shape[1] // n_nu
+    return (stacked.view(n_pair, n_comp, n_nu) * sense[:, None, :]).sum(dim=2)

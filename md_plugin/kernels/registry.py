@@ -24,7 +24,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.kernels import reference
-from md_plugin.kernels.closure import EnvSum, FeatSum, SenseSum, SumKernels, check_shapes
+from md_plugin.kernels.closure import EnvSum, FeatSum, SenseSum, Stack, SumKernels, check_shapes
 from md_plugin.pairs import Pairs
 
 logger = logging.getLogger("md_plugin")
@@ -88,6 +88,11 @@ class Backend:
         self._ready("featsum", env, sense, pairs)
         features: Tensor = FeatSum.apply(self.kernels, env, sense, pairs)
         return features
+
+    def stack(self, components: Tensor, sense: Tensor) -> Tensor:
+        """(n_pair, n_comp), (n_pair, n_nu) -> (n_pair, n_comp n_nu); any derivative."""
+        stacked: Tensor = Stack.apply(self.kernels, components, sense)
+        return stacked
 
     def _ready(self, name: str, first: Tensor, second: Tensor, pairs: Pairs) -> None:
         check_shapes(name, first, second, pairs)
@@ -195,7 +200,9 @@ def _self_check(backend: Backend, device: str) -> None:
 @cache
 def _load(name: str) -> Backend:
     module: Any = import_module(BACKENDS[name])
-    kernels = SumKernels(module.envsum, module.sensesum, module.featsum)
+    # A backend without products of its own takes the reference's, which run on any device.
+    names = [f.name for f in fields(SumKernels) if hasattr(module, f.name)]
+    kernels = SumKernels(**{name: getattr(module, name) for name in names})
     devices: tuple[str, ...] = getattr(module, "DEVICES", ("cpu", "cuda"))
     return Backend(name, devices, kernels)
 

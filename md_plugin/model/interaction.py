@@ -70,7 +70,7 @@ class InteractionLayer(nn.Module):
         n_tensor = N_COMPONENTS[self.order]
         sense = self.sensitivity(r)
         if self.order > 0:
-            sense = (components[:, :n_tensor, None] * sense[:, None, :]).flatten(1)
+            sense = backend.stack(components[:, :n_tensor], sense)
         env = backend.envsum(sense, features, pairs)
         mixed = env.reshape(-1, n_nu * n_in) @ self.weight.reshape(n_nu * n_in, n_out)
         mixed = mixed.reshape(-1, n_tensor, n_out)
