@@ -19,7 +19,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from md_plugin.checkpoint import load_model
 from md_plugin.neighbours import NeighbourList
-from md_plugin.potential import Evaluation, Potential, pair_virial_to_atoms
+from md_plugin.potential import Evaluation, Potential
 
 
 class HipnnCalculator(Calculator):
@@ -81,7 +81,7 @@ class HipnnCalculator(Calculator):
                 f"stress needs three periodic directions, but pbc is {atoms.pbc.tolist()}"
             )
         wants_forces = bool({"forces", "stress", "stresses"} & set(properties))
-        r_ij, result = self._evaluate(atoms, wants_forces)
+        result = self._evaluate(atoms, wants_forces)
         self.results = {
             "energy": float(result.energy),
             "free_energy": float(result.energy),
@@ -95,14 +95,13 @@ class HipnnCalculator(Calculator):
                 stress = -0.5 * (virial + virial.T) / atoms.cell.volume
                 self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
         if "stresses" in properties:
-            assert result.pair_gradient is not None
-            pairs = self.neighbours.pairs.to(self.potential.device)
-            virials = pair_virial_to_atoms(r_ij, result.pair_gradient.to(r_ij.dtype), pairs)
+            assert result.atom_virial is not None
+            virials = result.atom_virial.double()
             virials = 0.5 * (virials + virials.transpose(1, 2))
             stresses = -virials.cpu().numpy() / atoms.cell.volume
             self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
 
-    def _evaluate(self, atoms: Atoms, forces: bool) -> tuple[torch.Tensor, Evaluation]:
+    def _evaluate(self, atoms: Atoms, forces: bool) -> Evaluation:
         potential = self.potential
         if not np.array_equal(atoms.numbers, self._species):
             potential.check_species(atoms.numbers)
@@ -113,7 +112,7 @@ class HipnnCalculator(Calculator):
         potential.check_distances(r_ij)
         species = torch.as_tensor(self._species, device=potential.device)
         pairs = self.neighbours.pairs.to(potential.device)
-        return r_ij, potential.evaluate_pairs(species, pairs, r_ij, forces=forces)
+        return potential.evaluate_pairs(species, pairs, r_ij, forces=forces)
 
     def __repr__(self) -> str:
         return f"HipnnCalculator({self.potential!r}, skin={self.neighbours.skin})"

@@ -3,13 +3,13 @@
 hippynn is optional (`pip install 'md-plugin[test]'` brings it) and needed only to compare. Names
 map layer for layer:
 
-    here                                          hippynn
-    blocks[k][0].layer.weight  (n_nu, in, out)    blocks[k][0].base_layer.int_weights (n_nu, out, in)
-    blocks[k][0].layer.self_interaction           blocks[k][0].base_layer.selfint
-    blocks[k][l].out / .adjust                    blocks[k][l].res_layer / .adjust_layer
-    ....sensitivity.mu, .sigma  (n_nu,)           ....sensitivity.mu, .sigma (1, n_nu)
-    readouts[k]                                   HEnergy.layers[k]
-    reference energies + readouts[0]              HEnergy.layers[0] (no bias, on one-hot species)
+    here                                        hippynn
+    blocks[k][0].layer.weight (n_nu, in, out)   blocks[k][0].base_layer.int_weights (n_nu, out, in)
+    blocks[k][0].layer.self_interaction         blocks[k][0].base_layer.selfint
+    blocks[k][l].out / .adjust                  blocks[k][l].res_layer / .adjust_layer
+    ....sensitivity.mu, .sigma (n_nu,)          ....sensitivity.mu, .sigma (1, n_nu)
+    readouts[k]                                 HEnergy.layers[k]
+    reference energies + readouts[0]            HEnergy.layers[0] (no bias, on one-hot species)
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,19 +46,51 @@ DTYPES = {
 class Evaluation:
     """What a potential says about one or many structures.
 
+    Sums over pairs are taken when they are first asked for: an engine that adds up forces itself
+    pays for `pair_gradient` alone.
+
     Attributes:
         energy: (n_structures,) float64, eV.
         atom_energy: (n_recv,) float64, eV.
         pair_gradient: (n_pair, 3) dE/dr_ij, eV/Å; None where forces were not asked for.
-        forces: (n_send, 3) eV/Å; rows of ghosts are to be added to their owners. Or None.
-        virial: (n_structures, 3, 3) eV, -sum_p r_p (x) g_p. Or None.
+        pairs: the pairs that were evaluated.
+        r_ij: (n_pair, 3) Å, in the geometry's dtype.
+        structure: (n_recv,) structure of each atom; None for one structure.
     """
 
     energy: Tensor
     atom_energy: Tensor
-    pair_gradient: Tensor | None = None
-    forces: Tensor | None = None
-    virial: Tensor | None = None
+    pair_gradient: Tensor | None
+    pairs: Pairs
+    r_ij: Tensor
+    structure: Tensor | None = None
+
+    @cached_property
+    def forces(self) -> Tensor | None:
+        """(n_send, 3) eV/Å; rows of ghosts are to be added to their owners. Or None."""
+        if self.pair_gradient is None:
+            return None
+        return pair_forces_to_atoms(self.pair_gradient, self.pairs)
+
+    @cached_property
+    def virial(self) -> Tensor | None:
+        """(n_structures, 3, 3) eV, -sum_p r_p (x) g_p. Or None."""
+        if self.pair_gradient is None:
+            return None
+        if self.structure is None:
+            return -(self.r_ij.T @ self.pair_gradient)[None]
+        terms = -(self.r_ij[:, :, None] * self.pair_gradient[:, None, :])
+        structure = self.structure[self.pairs.receiver]
+        return segment_sum(terms, structure, self.energy.numel())
+
+    @cached_property
+    def atom_virial(self) -> Tensor | None:
+        """(n_send, 3, 3) eV: half of each pair's -r (x) g to each of its atoms. Or None."""
+        if self.pair_gradient is None:
+            return None
+        half = (-0.5 * self.r_ij[:, :, None] * self.pair_gradient[:, None, :]).flatten(1)
+        atoms = half.new_zeros(self.pairs.n_send, 9).index_add(0, self.pairs.receiver, half)
+        return atoms.index_add(0, self.pairs.sender_long, half).reshape(-1, 3, 3)
 
 
 class Potential:
@@ -152,23 +185,18 @@ class Potential:
             backend: overrides the model's backend for this call.
         """
         r_ij = r_ij.detach().to(self.geometry_dtype).requires_grad_(forces)
+        gradient = None
+        # Also inside a caller's torch.no_grad(): forces are made of gradients.
         with torch.set_grad_enabled(forces or create_graph):
             atom_energy = self.model(species, pairs, r_ij, halo, backend)
-        energy = segment_sum(atom_energy, structure, n_structures)
-        if not forces:
-            return Evaluation(energy, atom_energy)
-        # Summing over structures is harmless: each r_ij belongs to one of them.
-        (gradient,) = torch.autograd.grad(atom_energy.sum(), r_ij, create_graph=create_graph)
+            energy = segment_sum(atom_energy, structure, n_structures)
+            if forces:
+                # Summing over structures is harmless: each r_ij belongs to one of them.
+                total = atom_energy.sum()
+                (gradient,) = torch.autograd.grad(total, r_ij, create_graph=create_graph)
         if not create_graph:
             energy, atom_energy, r_ij = energy.detach(), atom_energy.detach(), r_ij.detach()
-        pair_structure = None if structure is None else structure[pairs.receiver]
-        return Evaluation(
-            energy,
-            atom_energy,
-            gradient,
-            pair_forces_to_atoms(gradient, pairs),
-            pair_virial(r_ij, gradient, pair_structure, n_structures),
-        )
+        return Evaluation(energy, atom_energy, gradient, pairs, r_ij, structure)
 
     def check_species(self, species: Tensor | np.ndarray) -> None:
         """Raise ValueError naming every element that the model was not made for."""
@@ -233,23 +261,6 @@ def pair_forces_to_atoms(gradient: Tensor, pairs: Pairs) -> Tensor:
     return forces.index_add(0, pairs.receiver, gradient).index_add(
         0, pairs.sender_long, gradient, alpha=-1
     )
-
-
-def pair_virial(
-    r_ij: Tensor, gradient: Tensor, structure: Tensor | None, n_structures: int
-) -> Tensor:
-    """-sum_p r_p (x) g_p by structure of the pair, (n_structures, 3, 3)."""
-    if structure is None:
-        return -(r_ij.T @ gradient)[None]
-    return segment_sum(-(r_ij[:, :, None] * gradient[:, None, :]), structure, n_structures)
-
-
-def pair_virial_to_atoms(r_ij: Tensor, gradient: Tensor, pairs: Pairs) -> Tensor:
-    """Per-atom virial (n_send, 3, 3): half of each pair's -r (x) g to each of its atoms."""
-    half = (-0.5 * r_ij[:, :, None] * gradient[:, None, :]).flatten(1)
-    atoms = half.new_zeros(pairs.n_send, 9)
-    atoms = atoms.index_add(0, pairs.receiver, half).index_add(0, pairs.sender_long, half)
-    return atoms.reshape(-1, 3, 3)
 
 
 def _symbols(numbers: Sequence[int]) -> str:
