@@ -59,7 +59,7 @@ class HipnnCalculator(Calculator):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if skin < 0:
+        if not skin >= 0:
             raise ValueError(f"skin must not be negative, got {skin} Å")
         self.potential = load_model(model, device=device, dtype=dtype, backend=backend)
         self.neighbours = NeighbourList(self.potential.rcut, skin)

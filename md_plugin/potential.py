@@ -200,7 +200,7 @@ class Potential:
 
     def check_species(self, species: Tensor | np.ndarray) -> None:
         """Raise ValueError naming every element that the model was not made for."""
-        missing = sorted(set(np.unique(np.asarray(species)).tolist()) - set(self.species))
+        missing = sorted(set(torch.as_tensor(species).tolist()) - set(self.species))
         if missing:
             raise ValueError(
                 f"the model knows {_symbols(self.species)}, but the structure also has "
@@ -238,11 +238,16 @@ def choose_device(device: str | torch.device) -> torch.device:
     """The device of that name; "auto" takes CUDA if there is one.
 
     Raises:
-        ValueError: CUDA was asked for and there is none.
+        ValueError: no such device, or CUDA was asked for and there is none.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device {str(device)!r} is not known to torch; choose auto, cpu, cuda or cuda:1 ..."
+        ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device")
     return chosen
