@@ -43,6 +43,13 @@ class Pairs:
             )
         if self.row_ptr.ndim != 1 or self.sender.ndim != 1 or self.row_ptr.numel() == 0:
             raise ValueError("row_ptr must have shape (n_recv + 1,) and sender (n_pair,)")
+        if self.row_ptr.device != self.sender.device:
+            raise ValueError(f"row_ptr is on {self.row_ptr.device}, sender on {self.sender.device}")
+        # On a GPU the look at the last entry would make the host wait.
+        if self.device.type == "cpu" and int(self.row_ptr[-1]) != self.n_pair:
+            raise ValueError(
+                f"row_ptr ends at {int(self.row_ptr[-1])}, but there are {self.n_pair} senders"
+            )
         if self.n_recv > self.n_send:
             raise ValueError(
                 f"{self.n_recv} receivers but only {self.n_send} senders: receivers are the "
@@ -109,10 +116,15 @@ class Pairs:
             ``data[perm]`` is in the order of the pairs. The order within a row is kept.
 
         Raises:
+            TypeError: if the indices are not integers.
             ValueError: if the shapes differ, an index is out of range, or there are more pairs
                 than int32 can index.
         """
         receiver, sender = torch.as_tensor(receiver), torch.as_tensor(sender)
+        for name, index in (("receiver", receiver), ("sender", sender)):
+            # An empty list becomes an empty float tensor; that is fine.
+            if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
+                raise TypeError(f"{name} must hold integer indices, got {index.dtype}")
         if receiver.shape != sender.shape or receiver.ndim != 1:
             raise ValueError(
                 f"receiver and sender must both have shape (n_pair,), got "
@@ -133,9 +145,10 @@ class Pairs:
 
     def to(self, device: torch.device | str) -> Pairs:
         """The same pairs on another device; itself where it already is there."""
-        if self.device == torch.device(device):
+        sender = self.sender.to(device)
+        if sender is self.sender:
             return self
-        return Pairs(self.row_ptr.to(device), self.sender.to(device), self.n_send)
+        return Pairs(self.row_ptr.to(device), sender, self.n_send)
 
     def __repr__(self) -> str:
         return (

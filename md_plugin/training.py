@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -282,7 +283,10 @@ def prepare(
         if unknown:
             raise DataError(f"{dataset.path} holds species {unknown} that are not in {train.path}; "
                             f"add such structures to the training set or drop them from {name}")
-    model_config = _model_config(config, train)
+    start = None if config.start_from is None else load_model(config.start_from, device="cpu")
+    if start is not None:
+        start.check_species(np.array(train.species))
+    model_config = _model_config(config, train) if start is None else start.model.config
     parts = {name: label_batches(dataset, model_config.rcut) for name, dataset in sets.items()}
     info = {
         "r_closest": closest_distance(parts["train"]),
@@ -290,8 +294,11 @@ def prepare(
     }
     torch.manual_seed(config.training.seed)
     network = Hipnn(model_config)
+    if start is not None:
+        network.load_state_dict(start.model.state_dict())
     potential = Potential(network, dtype=config.training.dtype, info=info)
-    _centre_energy(potential, parts["train"], config.training.atoms_per_batch)
+    if start is None:
+        _centre_energy(potential, parts["train"], config.training.atoms_per_batch)
     config.output.mkdir(parents=True, exist_ok=True)
     free = ("max_epochs", "time_limit_minutes", "threads", "early_stopping")
     settings = {k: v for k, v in asdict(config.training).items() if k not in free}

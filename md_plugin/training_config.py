@@ -120,6 +120,7 @@ class Config:
     Attributes:
         data: files.
         model: fields of `HipnnConfig` that the file gives.
+        start_from: a `.hipnn` file whose network is trained further; it then says the model.
         training: how to train.
         output: folder of results.
     """
@@ -128,6 +129,7 @@ class Config:
     model: Mapping[str, Any]
     training: TrainingConfig
     output: Path
+    start_from: Path | None = None
 
 
 def read_config(path: str | Path, output: str | Path | None = None) -> Config:
@@ -146,7 +148,8 @@ def read_config(path: str | Path, output: str | Path | None = None) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     sections = _mapping(content, f"{path}")
-    _check_keys(sections, {"data", "model", "training", "output"}, {"data"}, f"{path}")
+    known = {"data", "model", "training", "output", "start_from"}
+    _check_keys(sections, known, {"data"}, f"{path}")
     base = path.resolve().parent
 
     data = _mapping(sections["data"], f"{path}, data")
@@ -162,12 +165,16 @@ def read_config(path: str | Path, output: str | Path | None = None) -> Config:
             training[name] = _build(Terms, merged, where)
     model = _mapping(sections.get("model"), f"{path}, model")
     _check_keys(model, {f.name for f in fields(HipnnConfig)}, set(), f"{path}, model")
+    start_from = sections.get("start_from")
+    if start_from is not None and model:
+        raise ConfigError(f"{path}: give either model or start_from, not both")
     target = Path(output) if output is not None else base / str(sections.get("output", "training"))
     return Config(
         _build(DataConfig, data, f"{path}, data"),
         model,
         _build(TrainingConfig, training, f"{path}, training"),
         target,
+        None if start_from is None else base / str(start_from),
     )
 
 

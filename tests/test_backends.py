@@ -263,3 +263,16 @@ def test_command_line_prints_the_reasons(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert all(name in printed for name in list_backends())
     assert "the cupy kernels are not part of this release" in printed
+
+
+def test_a_choice_of_the_call_is_not_spoilt_by_the_environment(monkeypatch):
+    from md_plugin.kernels import BackendError, envsum
+    from md_plugin.pairs import Pairs
+
+    none = torch.zeros(0, dtype=torch.int64)
+    pairs, _ = Pairs.from_edges(none, none, 1, 1)
+    sense, features = torch.zeros(0, 2), torch.zeros(1, 3)
+    monkeypatch.setenv("MD_PLUGIN_BACKEND", "bogus")
+    assert envsum(sense, features, pairs, backend="torch").shape == (1, 2, 3)
+    with pytest.raises(BackendError, match="bogus"):
+        envsum(sense, features, pairs)

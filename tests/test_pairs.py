@@ -151,3 +151,12 @@ def test_index_halo_can_be_differentiated_twice():
 def test_no_halo_changes_nothing():
     x = torch.randn(3, 2)
     assert NoHalo().fill(x) is x
+
+
+def test_indices_must_be_integers_and_row_ptr_must_fit():
+    with pytest.raises(TypeError, match="receiver must hold integer indices"):
+        Pairs.from_edges(torch.tensor([0.7]), torch.tensor([0]), 1, 1)
+    with pytest.raises(ValueError, match="row_ptr ends at 3, but there are 2 senders"):
+        Pairs(torch.tensor([0, 3]).int(), torch.tensor([0, 0]).int(), 1)
+    pairs = Pairs(torch.tensor([0, 2]).int(), torch.tensor([0, 0]).int(), 1)
+    assert pairs.to("cpu") is pairs

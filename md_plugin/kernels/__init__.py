@@ -36,14 +36,14 @@ __all__ = [
 
 def envsum(sense: Tensor, features: Tensor, pairs: Pairs, backend: str | None = None) -> Tensor:
     """env[i, nu, a] = sum over row i of sense[p, nu] features[sender(p), a]."""
-    return resolve(backend, backend_choice(), pairs.device).envsum(sense, features, pairs)
+    return resolve(backend, None, pairs.device).envsum(sense, features, pairs)
 
 
 def sensesum(env: Tensor, features: Tensor, pairs: Pairs, backend: str | None = None) -> Tensor:
     """sense[p, nu] = sum_a env[receiver(p), nu, a] features[sender(p), a]."""
-    return resolve(backend, backend_choice(), pairs.device).sensesum(env, features, pairs)
+    return resolve(backend, None, pairs.device).sensesum(env, features, pairs)
 
 
 def featsum(env: Tensor, sense: Tensor, pairs: Pairs, backend: str | None = None) -> Tensor:
     """features[j, a] = sum over pairs sent by j, and over nu, of env[receiver(p), nu, a] sense."""
-    return resolve(backend, backend_choice(), pairs.device).featsum(env, sense, pairs)
+    return resolve(backend, None, pairs.device).featsum(env, sense, pairs)

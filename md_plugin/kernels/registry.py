@@ -135,9 +135,12 @@ def backend_choice(explicit: str | None = None) -> str:
     return choice
 
 
-def resolve(call: str | None, model: str, device: torch.device) -> Backend:
-    """The backend of one call: the call's own choice, else the block's, else the model's."""
-    return get_backend(call or _block.get() or model, device)
+def resolve(call: str | None, model: str | None, device: torch.device) -> Backend:
+    """The backend of one call: the call's own choice, else the block's, else the model's.
+
+    Without a model, the environment and the settings file are asked at each call.
+    """
+    return get_backend(call or _block.get() or model or backend_choice(), device)
 
 
 @contextmanager
@@ -226,7 +229,7 @@ def _absence(name: str) -> str:
 
 
 def _triton_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
 def _inventory() -> str:
