@@ -52,9 +52,8 @@ class HipnnMLIAP(MLIAPUnified):
         backend: str | None = None,
         units: str = "metal",
     ):
-        from ase.data import chemical_symbols
-
         from md_plugin.checkpoint import load_model_bytes
+        from md_plugin.elements import SYMBOLS
 
         potential = load_model_bytes(hipnn, device="cpu", dtype=dtype)
         config = potential.model.config
@@ -65,7 +64,7 @@ class HipnnMLIAP(MLIAPUnified):
             "device": device,
             "backend": backend,
             "units": units,
-            "elements": [chemical_symbols[z] for z in config.species],
+            "elements": [SYMBOLS[z] for z in config.species],
             "species": list(config.species),
             "rcut": config.rcut,
             "n_feat": config.n_feat,

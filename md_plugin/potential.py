@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from md_plugin.elements import symbols
 from md_plugin.halo import Halo
 from md_plugin.kernels.registry import get_backend
 from md_plugin.model.hipnn import Hipnn
@@ -203,8 +204,8 @@ class Potential:
         missing = sorted(set(torch.as_tensor(species).tolist()) - set(self.species))
         if missing:
             raise ValueError(
-                f"the model knows {_symbols(self.species)}, but the structure also has "
-                f"{_symbols(missing)}; use a model that was trained with "
+                f"the model knows {symbols(self.species)}, but the structure also has "
+                f"{symbols(missing)}; use a model that was trained with "
                 f"{'this element' if len(missing) == 1 else 'these elements'}"
             )
 
@@ -228,7 +229,7 @@ class Potential:
         kind = ("HIP-NN", "HIP-NN-TS vector", "HIP-NN-TS quadrupole")[c.order]
         chosen = get_backend(self.model.backend, self.device).name
         return (
-            f"Potential({kind}, {_symbols(c.species)}, {c.n_interactions} interaction layers, "
+            f"Potential({kind}, {symbols(c.species)}, {c.n_interactions} interaction layers, "
             f"rcut={c.rcut} Å, dtype={self.dtype!r}, device={str(self.device)!r}, "
             f"backend={chosen!r})"
         )
@@ -265,13 +266,4 @@ def pair_forces_to_atoms(gradient: Tensor, pairs: Pairs) -> Tensor:
     forces = gradient.new_zeros(pairs.n_send, 3)
     return forces.index_add(0, pairs.receiver, gradient).index_add(
         0, pairs.sender_long, gradient, alpha=-1
-    )
-
-
-def _symbols(numbers: Sequence[int]) -> str:
-    from ase.data import chemical_symbols
-
-    return ", ".join(
-        chemical_symbols[z] if 0 < z < len(chemical_symbols) else f"no element ({z})"
-        for z in numbers
     )

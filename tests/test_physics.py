@@ -348,3 +348,12 @@ def test_reference_energies_follow_the_device_but_not_the_dtype():
     model = make_potential("float32").model
     assert model._reference_energy.dtype == torch.float64
     assert model.to("meta")._reference_energy.device.type == "meta"
+
+
+def test_element_symbols():
+    from ase.data import chemical_symbols
+
+    from md_plugin.elements import SYMBOLS, symbols
+
+    assert list(SYMBOLS) == chemical_symbols[:119]
+    assert symbols([1, 73, 0, 119, -1]) == "H, Ta, no element (0), no element (119), no element (-1)"
