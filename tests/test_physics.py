@@ -356,4 +356,4 @@ def test_element_symbols():
     from md_plugin.elements import SYMBOLS, symbols
 
     assert list(SYMBOLS) == chemical_symbols[:119]
-    assert symbols([1, 73, 0, 119, -1]) == "H, Ta, no element (0), no element (119), no element (-1)"
+    assert symbols([1, 73, 0, 119]) == "H, Ta, no element (0), no element (119)"
