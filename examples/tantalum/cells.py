@@ -207,15 +207,6 @@ def cluster(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
             yield perturb(Atoms("Ta" * n_atoms, atoms.positions[near]), rng, rng.uniform(0.05, 0.5))
 
 
-def gas(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
-    """Periodic random cells, dense and dilute, with neighbours down to about 2 Å."""
-    for _unused in range(count(50, scale)):
-        n_atoms = int(rng.integers(6, 33))
-        edge = (n_atoms * VOLUME * np.exp(rng.uniform(np.log(0.85), np.log(3.0)))) ** (1 / 3)
-        cell = strain(Atoms(cell=np.eye(3) * edge), rng, 0.1).cell.array
-        yield random_points(rng, n_atoms, cell, True, rng.uniform(2.0, 2.6))
-
-
 def relaxation(atoms: Atoms, teacher: Teacher, every: int, steps: int = 40) -> list[Atoms]:
     """Relax positions with the teacher; return snapshots along the path, the relaxed cell last."""
     atoms = atoms.copy()
