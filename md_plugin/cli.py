@@ -12,7 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-USER_ERRORS = (ValueError, OSError, RuntimeError, KeyError)
+from md_plugin import __version__
+
+USER_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
+# Those of the registry, which imports torch; they need not be available where one exports.
+BACKENDS = ("auto", "torch", "numba", "triton", "cupy")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="md-plugin", description="HIP-NN neural-network potentials in LAMMPS and ASE."
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument("--version", action="version", version=f"md-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="tantalum MD in ASE and LAMMPS, with table and plot")
@@ -61,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", type=Path, required=True, help="e.g. model.pt")
     export.add_argument("--dtype", default="mixed", choices=("mixed", "float64", "float32"))
     export.add_argument("--device", default="auto")
-    export.add_argument("--backend", default=None)
+    export.add_argument("--backend", default=None, choices=BACKENDS)
     export.set_defaults(command=_export)
 
     bench = commands.add_parser("bench", help="measure against hippynn, same weights, same run")
@@ -99,7 +104,7 @@ def _export(args: argparse.Namespace) -> None:
     export_mliap(
         args.model, args.output, dtype=args.dtype, device=args.device, backend=args.backend
     )
-    _console().print(
+    _say(
         f"wrote {args.output}; in a LAMMPS script:\n"
         f"    pair_style mliap unified {args.output} 0\n"
         "    pair_coeff * * ELEMENT ...\n"
@@ -114,6 +119,8 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from md_plugin.checkpoint import load_model, read_header
@@ -121,26 +128,28 @@ def _info(args: argparse.Namespace) -> None:
     header = read_header(args.model)
     potential = load_model(args.model, device="cpu")
     n_parameters = sum(p.numel() for p in potential.model.parameters())
-    table = Table(title=str(args.model), show_header=False)
+    table = Table("", "", title=escape(str(args.model)), show_header=False)
+    table.columns[1].overflow = "fold"  # a hash is of no use with its end cut off
     rows: dict[str, Any] = {"parameters": n_parameters, "units": header["units"]}
     rows |= {k: v for part in ("config", "info") for k, v in header[part].items()}
     rows |= {"format version": header["format_version"], "hash": header["hash"]}
     for key, value in rows.items():
-        table.add_row(str(key), str(value))
-    _console().print(table)
+        table.add_row(escape(str(key)), escape(str(value)))
+    Console().print(table)
 
 
 def _backends(args: argparse.Namespace) -> None:
     from md_plugin.kernels import list_backends
 
     for name, reason in list_backends().items():
-        _console().print(f"{name:8s}{'available' if not reason else 'absent: ' + reason}")
+        _say(f"{name:8s}{'available' if not reason else 'absent: ' + reason}")
 
 
-def _console() -> Any:
+def _say(text: str) -> None:
+    """Print as it is: brackets are no markup, and lines are the terminal's business."""
     from rich.console import Console
 
-    return Console()
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class PhysicsSuite:
     difference = 1e-6  # of finite differences, eV/Å and eV
 
     def test_forces_are_the_slope_of_the_energy(self, potential, structure):
-        step, x = 1e-3, structure.positions
+        step, x = 3e-4, structure.positions
         shifts = np.zeros((x.size, 4, *x.shape))
         for k in range(x.size):
             shifts[k].reshape(4, -1)[:, k] = np.array([-2, -1, 1, 2]) * step
@@ -84,7 +84,7 @@ class PhysicsSuite:
         close(forces, -derivative(energies, step).reshape(x.shape), atol=self.difference)
 
     def test_virial_is_the_slope_under_strain(self, potential, structure):
-        step, unit = 3e-4, np.eye(9).reshape(9, 3, 3)
+        step, unit = 1e-4, np.eye(9).reshape(9, 3, 3)
         copies = [strained(structure, k * step * e) for e in unit for k in (-2, -1, 1, 2)]
         energies = potential.evaluate(copies, forces=False).energy.numpy().reshape(9, 4)
         virial = potential.evaluate(structure).virial[0]
