@@ -12,7 +12,7 @@ from md_plugin.demo import DemoError, parse_log, run_demo
 
 def test_demo_agrees_in_three_engines(tmp_path, capsys):
     runs = run_demo(tmp_path, steps=50)
-    assert [run.name for run in runs] == ["ASE", "LAMMPS, 1 rank", "LAMMPS, 2 ranks"]
+    assert [run.name for run in runs] == ["ASE", "LAMMPS 1 rank", "LAMMPS 2 ranks"]
     ase, *others = runs
     assert len(ase.forces) == 250
     for run in others:
@@ -23,7 +23,7 @@ def test_demo_agrees_in_three_engines(tmp_path, capsys):
         assert np.allclose(run.time, ase.time)
     for name in ("demo.png", "ase.xyz", "lammps_1.dump", "lammps_2.dump", "in.lammps_1"):
         assert (tmp_path / name).stat().st_size > 0
-    assert "µs/atom/step" in capsys.readouterr().out
+    assert "meV/atom/ps" in capsys.readouterr().out
 
 
 def test_demo_shows_what_lammps_said(tmp_path, monkeypatch):
