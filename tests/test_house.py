@@ -5,6 +5,7 @@ Everything is read from the source by `ast`; a broken rule shows as file, line a
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -278,25 +279,25 @@ print(json.dumps({k: [before[k], after[k]] for k in before if before[k] != after
 """
 
 
-def child(code, monkeypatch, modules=()):
-    monkeypatch.setenv("MODULES", json.dumps(list(modules)))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
-    )
+def child(code, modules=()):
+    """Runs code in a process without what imports of this process left in the environment."""
+    env = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH") if key in os.environ}
+    env |= {"MODULES": json.dumps(list(modules)), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "importing must print nothing"
     (line,) = done.stdout.splitlines()
     return json.loads(line)
 
 
-def test_importing_the_packages_is_light_and_changes_nothing(monkeypatch):
-    unchanged, heavy = child(STATE, monkeypatch)
+def test_importing_the_packages_is_light_and_changes_nothing():
+    unchanged, heavy = child(STATE)
     assert unchanged
     assert heavy == ["lammps_interface", "md_plugin"]
 
 
-def test_importing_every_module_changes_no_global_state(monkeypatch):
+def test_importing_every_module_changes_no_global_state():
     absent = ("triton_gpu", "cupy_gpu")  # need packages that may not be there
     modules = [name for name in FILES if not name.endswith(absent)]
-    assert child(TORCH_STATE, monkeypatch, modules) == {}
+    assert child(TORCH_STATE, modules) == {}
