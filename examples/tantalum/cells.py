@@ -207,6 +207,18 @@ def cluster(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
             yield perturb(Atoms("Ta" * n_atoms, atoms.positions[near]), rng, rng.uniform(0.05, 0.5))
 
 
+def contacts(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
+    """Two neighbours in a displaced crystal pushed to 1.95 to 2.5 Å: repulsion in a dense place."""
+    for _unused in range(count(80, scale)):
+        atoms = perturb(bcc((2, 2, 2), volume=rng.uniform(0.92, 1.1)), rng, rng.uniform(0.05, 0.25))
+        i = int(rng.integers(len(atoms)))
+        distances = atoms.get_distances(i, range(len(atoms)), mic=True)
+        distances[i] = np.inf
+        j = int(np.argmin(distances))
+        atoms.set_distance(i, j, rng.uniform(1.95, 2.5), fix=0.5, mic=True)
+        yield atoms
+
+
 def relaxation(atoms: Atoms, teacher: Teacher, every: int, steps: int = 40) -> list[Atoms]:
     """Relax positions with the teacher; return snapshots along the path, the relaxed cell last."""
     atoms = atoms.copy()

@@ -113,6 +113,7 @@ KINDS: dict[str, Kind] = {
     "dimer": cells.dimer,
     "trimer": cells.trimer,
     "cluster": cells.cluster,
+    "contacts": cells.contacts,
     "vacancies": cells.vacancies,
     "interstitials": cells.interstitials,
     "solid": solid,
