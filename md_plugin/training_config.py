@@ -73,7 +73,8 @@ class TrainingConfig:
         gradient_clip: largest norm of the gradient.
         ema_decay: decay per step of the averaged weights, which are what is saved; 0 is off.
         early_stopping: stop after this many epochs without improvement; None is off.
-        weights: weights of the loss terms.
+        weights: weights of the loss terms, whose units are (eV/atom)^2, (eV/Å)^2, (eV/atom)^2.
+            Forces learn slowest: let them lead, and raise the energy in a second stage.
         huber: errors beyond this count linearly: eV/atom, eV/Å, eV/atom.
         force_scale: atoms with larger forces (eV/Å) count less, see `training.force_weights`;
             None is off.
@@ -85,16 +86,16 @@ class TrainingConfig:
 
     atoms_per_batch: int = 512
     max_epochs: int = 200
-    learning_rate: float = 3e-3
-    min_learning_rate: float = 1e-5
+    learning_rate: float = 4e-3
+    min_learning_rate: float = 3e-5
     warmup_epochs: float = 1.0
     scheduler: str = "cosine"
     plateau_patience: int = 15
     weight_decay: float = 0.0
-    gradient_clip: float = 5.0
+    gradient_clip: float = 20.0
     ema_decay: float = 0.99
     early_stopping: int | None = None
-    weights: Terms = Terms(100.0, 1.0, 10.0)
+    weights: Terms = Terms(10.0, 1.0, 1.0)
     huber: Terms = Terms(0.02, 0.5, 0.1)
     force_scale: float | None = 5.0
     seed: int = 0

@@ -139,10 +139,26 @@ def test_resume_refuses_another_run(configure):
         train_from_config(configure(training={"learning_rate": 0.02}), resume=True)
 
 
+def test_start_from(configure, tmp_path):
+    first = train_from_config(configure("first"))
+    path = configure("second", start_from="first/best.hipnn", training={"learning_rate": 1e-12})
+    with pytest.raises(ConfigError, match="give either model or start_from, not both"):
+        train_from_config(path)
+    content = yaml.safe_load(path.read_text())
+    del content["model"]
+    content["training"]["min_learning_rate"] = 0
+    path.write_text(yaml.safe_dump(content))
+    second = train_from_config(path)
+    assert second["model"] == first["model"]
+    for key, value in first["errors"]["test"].items():
+        assert second["errors"]["test"][key] == pytest.approx(value, rel=1e-4)
+
+
 def test_early_stopping(configure):
-    settings = {"max_epochs": 50, "learning_rate": 1e-12, "min_learning_rate": 0.0}
+    # Steps too small to change a number: the first epoch stays the best.
+    settings = {"max_epochs": 50, "learning_rate": 1e-300, "min_learning_rate": 0.0}
     settings |= {"early_stopping": 2, "ema_decay": 0, "scheduler": "constant", "dtype": "float64"}
-    summary = train_from_config(configure(training=settings | {"learning_rate": 1e-300}))
+    summary = train_from_config(configure(training=settings))
     assert summary["ended"] == "no improvement in 2 epochs"
     assert summary["epochs"] == 3 and summary["best_epoch"] == 1
 
@@ -248,7 +264,7 @@ def test_wrong_files(tmp_path, configure):
 def test_numbers_and_partial_weights(configure):
     config = read_config(configure(training={"learning_rate": "1e-3", "weights": {"forces": 7}}))
     assert config.training.learning_rate == 1e-3
-    assert config.training.weights == Terms(100.0, 7.0, 10.0)
+    assert config.training.weights == Terms(10.0, 7.0, 1.0)
     assert config.training.huber == TrainingConfig().huber
 
 
