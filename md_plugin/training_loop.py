@@ -226,4 +226,7 @@ def _with_bar(batches: list[LabelledBatch], label: str) -> Iterable[LabelledBatc
     from rich.progress import track
 
     console = Console(stderr=True)
-    return track(batches, description=label, console=console, transient=True)
+    bar: Iterable[LabelledBatch] = track(
+        batches, description=label, console=console, transient=True
+    )
+    return bar
