@@ -118,7 +118,8 @@ def load_model_bytes(
             f"model file {name} was changed after it was written (wrong hash); copy it again"
         )
     header = _updated(header)
-    network = Hipnn(HipnnConfig(**header["config"]), backend=backend)
+    with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw no numbers
+        network = Hipnn(HipnnConfig(**header["config"]), backend=backend)
     # In the dtype of the file: float32 parameters would round what was trained in float64.
     network.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
     network.eval().requires_grad_(False)

@@ -303,3 +303,12 @@ def test_every_format_has_its_golden_file():
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
         make_model(**changes)
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    save_model(tmp_path / "m.hipnn", make_model())
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    load_model(tmp_path / "m.hipnn", device="cpu")
+    assert torch.equal(torch.rand(3), expected)
