@@ -86,8 +86,9 @@ def run_bench(n_atoms: int = 2048, rounds: int = 7, output: Path | None = None) 
     from rich.console import Console
 
     # The bench owns its process; nothing else in the package touches thread counts.
-    torch.set_num_threads(1)
+    # In this order: numba's pool, when it starts, overwrites the thread count of torch.
     numba.set_num_threads(1)
+    torch.set_num_threads(1)
     custom_kernels.set_custom_kernels("numba")
     torch.manual_seed(0)
     atoms = aluminium(n_atoms)

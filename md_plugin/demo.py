@@ -148,13 +148,14 @@ def _one_thread() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(1)
+    # In this order: numba's pool, when it starts, overwrites the thread count of torch.
     numba.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
         numba.set_num_threads(before[1])
+        torch.set_num_threads(before[0])
 
 
 @_one_thread()

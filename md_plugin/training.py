@@ -144,5 +144,6 @@ def _set_threads(threads: int | None) -> None:
     if threads is not None:
         import numba
 
-        torch.set_num_threads(threads)
+        # In this order: numba's pool, when it starts, overwrites the thread count of torch.
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(threads)

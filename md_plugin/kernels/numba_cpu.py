@@ -152,6 +152,21 @@ def _fold_components(stacked, sense, components):  # type: ignore[no-untyped-def
             components[p, c] = total
 
 
+def _threads() -> int:
+    """As many threads as torch has, so that OMP_NUM_THREADS and torch.set_num_threads rule both.
+
+    Starting numba's thread pool overwrites OpenMP's thread count, which torch shares (numba 0.68.1
+    with its omp layer): the second half puts it back.
+    """
+    wanted = torch.get_num_threads()
+    n_thread = min(wanted, numba.config.NUMBA_NUM_THREADS)
+    if numba.get_num_threads() != n_thread:
+        numba.set_num_threads(n_thread)
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
+    return int(n_thread)
+
+
 def _view(tensor: Tensor) -> np.ndarray:
     if tensor.device.type != "cpu":
         raise ValueError(
@@ -163,6 +178,7 @@ def _view(tensor: Tensor) -> np.ndarray:
 
 def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
     """(n_pair, n_nu), (n_send, n_feat) -> env (n_recv, n_nu, n_feat)."""
+    _threads()
     env = torch.empty(pairs.n_recv, sense.shape[1], features.shape[1], dtype=sense.dtype)
     _envsum(_view(sense), _view(features), _view(pairs.row_ptr), _view(pairs.sender), _view(env))
     return env
@@ -170,6 +186,7 @@ def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
 
 def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_send, n_feat) -> sense (n_pair, n_nu)."""
+    _threads()
     sense = torch.empty(pairs.n_pair, env.shape[1], dtype=env.dtype)
     _sensesum(_view(env), _view(features), _view(pairs.row_ptr), _view(pairs.sender), _view(sense))
     return sense
@@ -177,7 +194,7 @@ def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
 
 def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat)."""
-    n_thread = numba.get_num_threads()
+    n_thread = _threads()
     if n_thread <= MAX_BUFFERS:
         buffers = torch.empty(n_thread, pairs.n_send, env.shape[2], dtype=env.dtype)
         _featsum_scatter(
@@ -198,6 +215,7 @@ def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
 
 def stack(components: Tensor, sense: Tensor) -> Tensor:
     """(n_pair, n_comp), (n_pair, n_nu) -> (n_pair, n_comp n_nu), components outermost."""
+    _threads()
     n_comp, n_nu = components.shape[1], sense.shape[1]
     stacked = torch.empty(sense.shape[0], n_comp * n_nu, dtype=sense.dtype)
     _stack(_view(components), _view(sense), _view(stacked))
@@ -206,6 +224,7 @@ def stack(components: Tensor, sense: Tensor) -> Tensor:
 
 def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
     """(n_pair, n_comp n_nu), (n_pair, n_comp) -> (n_pair, n_nu)."""
+    _threads()
     n_pair, n_comp = components.shape
     sense = torch.empty(n_pair, stacked.shape[1] // n_comp, dtype=stacked.dtype)
     _fold_sense(_view(stacked), _view(components), _view(sense))
@@ -214,6 +233,7 @@ def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
 
 def fold_components(stacked: Tensor, sense: Tensor) -> Tensor:
     """(n_pair, n_comp n_nu), (n_pair, n_nu) -> (n_pair, n_comp)."""
+    _threads()
     n_pair, n_nu = sense.shape
     components = torch.empty(n_pair, stacked.shape[1] // n_nu, dtype=stacked.dtype)
     _fold_components(_view(stacked), _view(sense), _view(components))
