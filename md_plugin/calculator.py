@@ -19,6 +19,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from md_plugin.checkpoint import load_model
 from md_plugin.neighbours import NeighbourList
+from md_plugin.pairs import Pairs
 from md_plugin.potential import Evaluation, Potential
 
 
@@ -36,7 +37,8 @@ class HipnnCalculator(Calculator):
 
     Raises:
         CheckpointError: the model file is missing, damaged or too new.
-        ValueError: an element that the model does not know, positions that are not finite.
+        ValueError: an element that the model does not know, positions that are not finite, atoms
+            at the same place.
     """
 
     implemented_properties = [
@@ -64,6 +66,7 @@ class HipnnCalculator(Calculator):
         self.potential = load_model(model, device=device, dtype=dtype, backend=backend)
         self.neighbours = NeighbourList(self.potential.rcut, skin)
         self._species = np.zeros(0, dtype=np.int64)
+        self._pairs: Pairs | None = None  # of the neighbour list, on the device of the potential
 
     def calculate(
         self,
@@ -107,12 +110,30 @@ class HipnnCalculator(Calculator):
             potential.check_species(atoms.numbers)
             self._species = atoms.numbers.copy()
         positions = np.ascontiguousarray(atoms.positions, dtype=np.float64)
-        self.neighbours.update(positions, atoms.cell[:], atoms.pbc)
+        if self.neighbours.update(positions, atoms.cell[:], atoms.pbc) or self._pairs is None:
+            self._pairs = self.neighbours.pairs.to(potential.device)
         r_ij = self.neighbours.r_ij(positions, atoms.cell[:]).to(potential.device)
         potential.check_distances(r_ij)
         species = torch.as_tensor(self._species, device=potential.device)
-        pairs = self.neighbours.pairs.to(potential.device)
-        return potential.evaluate_pairs(species, pairs, r_ij, forces=forces)
+        result = potential.evaluate_pairs(species, self._pairs, r_ij, forces=forces)
+        _check_finite(result)
+        return result
 
     def __repr__(self) -> str:
         return f"HipnnCalculator({self.potential!r}, skin={self.neighbours.skin})"
+
+
+def _check_finite(result: Evaluation) -> None:
+    """Raise ValueError where energy or forces are not finite, saying why."""
+    forces = result.forces
+    if bool(result.energy.isfinite()) and (forces is None or bool(forces.isfinite().all())):
+        return
+    touching = torch.nonzero((result.r_ij == 0.0).all(dim=1))
+    if len(touching):
+        p = int(touching[0])
+        i, j = int(result.pairs.receiver[p]), int(result.pairs.sender[p])
+        raise ValueError(f"atoms {i} and {j} are at the same place: forces are not defined there")
+    raise ValueError(
+        "energy or forces are not finite although the positions are: the network overflows for "
+        "this structure; inspect distances and density"
+    )

@@ -148,8 +148,7 @@ def _one_thread() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads(), numba.get_num_threads()
-    # In this order: numba's pool, when it starts, overwrites the thread count of torch.
-    numba.set_num_threads(1)
+    numba.set_num_threads(1)  # before torch, whose count numba's pool overwrites when it starts
     torch.set_num_threads(1)
     try:
         yield

@@ -447,6 +447,24 @@ def test_positions_that_are_not_finite(make):
     assert np.isfinite(atoms.get_forces()).all()
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_atoms_at_the_same_place(order):
+    atoms = atoms_of(molecule(), order=order)
+    atoms.positions[4] = atoms.positions[1]
+    with pytest.raises(ValueError, match="atoms 1 and 4 are at the same place"):
+        atoms.get_forces()
+    atoms.positions[4] += 1.0
+    assert np.isfinite(atoms.get_forces()).all()
+
+
+def test_network_that_overflows():
+    atoms = atoms_of(molecule())
+    with torch.no_grad():
+        atoms.calc.potential.model.readouts[1].weight.fill_(1e308)
+    with pytest.raises(ValueError, match="energy or forces are not finite although the positions"):
+        atoms.get_potential_energy()
+
+
 def test_bad_cells():
     atoms = Atoms("C", pbc=True, calculator=calculator())
     with pytest.raises(ValueError, match="lattice vector 0 is zero; set the cell or switch off"):
