@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -62,13 +63,21 @@ def run(argv: Sequence[str]) -> int:
         engine.close()
         engine.finalize()
     except MPIAbortException:
-        mpi.MPI_Abort(ctypes.c_int(MPI_COMM_WORLD), ctypes.c_int(1))
+        _abort(mpi)
     except Exception as error:
         # raised on all ranks together; LAMMPS has printed its message already
         if "ERROR" not in str(error):
             sys.stderr.write(f"md-plugin lmp: {error}\n")
-        mpi.MPI_Abort(ctypes.c_int(MPI_COMM_WORLD), ctypes.c_int(1))
+        _abort(mpi)
     return 0
+
+
+def _abort(mpi: ctypes.CDLL) -> None:
+    """Ends all ranks with exit code 1, once what they said has gone out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(1.0)  # mpiexec kills its output forwarders at once, with whatever they still hold
+    mpi.MPI_Abort(ctypes.c_int(MPI_COMM_WORLD), ctypes.c_int(1))
 
 
 def _split_input(argv: list[str]) -> tuple[list[str], str | None]:

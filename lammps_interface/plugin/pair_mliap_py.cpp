@@ -14,7 +14,9 @@
 #include "update.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 using namespace LAMMPS_NS;
 
@@ -79,6 +81,8 @@ void PairMLIAPPy::stop(const std::string &text)
   fputs(line.c_str(), stderr);
   if (logfile) fputs(line.c_str(), logfile);
   fflush(nullptr);
+  // mpiexec kills its output forwarders at once, with whatever they still hold
+  std::this_thread::sleep_for(std::chrono::seconds(1));
   MPI_Abort(universe->uworld, 1);
   std::abort();    // MPI_Abort does not return
 }
