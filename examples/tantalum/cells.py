@@ -208,14 +208,14 @@ def cluster(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
 
 
 def contacts(rng: Rng, scale: float, _: Teacher) -> Iterator[Atoms]:
-    """Two neighbours in a displaced crystal pushed to 1.95 to 2.5 Å: repulsion in a dense place."""
+    """Two neighbours in a displaced crystal pushed to 1.7 to 2.5 Å: repulsion in a dense place."""
     for _unused in range(count(80, scale)):
         atoms = perturb(bcc((2, 2, 2), volume=rng.uniform(0.92, 1.1)), rng, rng.uniform(0.05, 0.25))
         i = int(rng.integers(len(atoms)))
         distances = atoms.get_distances(i, range(len(atoms)), mic=True)
         distances[i] = np.inf
         j = int(np.argmin(distances))
-        atoms.set_distance(i, j, rng.uniform(1.95, 2.5), fix=0.5, mic=True)
+        atoms.set_distance(i, j, rng.uniform(1.7, 2.5), fix=0.5, mic=True)
         yield atoms
 
 

@@ -6,7 +6,8 @@
 Each kind of cell has its own random stream (seed, kind): it comes out the same whatever else is
 made. Each kind is split 80/10/10. Positions are rounded to 8 decimals and cells to 10 before they
 are labelled: the stored energy belongs to the stored cell. A cell with a force component above
-`MAX_FORCE` is dropped.
+`MAX_FORCE` is dropped; for dimers and contacts, which fix the repulsive wall, the limit is
+`MAX_FORCE_CLOSE`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ MAX_FORCE = 40.0
 """eV/Å; beyond it labels teach the steep wall and little else."""
 
 SPLIT = {"train": 0.8, "valid": 0.1, "test": 0.1}
+
+MAX_FORCE_CLOSE = 150.0
+"""eV/Å, in dimers (to 1.6 Å) and contacts in the crystal (to 1.7 Å)."""
 
 BULK_MODULUS = 190 * units.GPa
 
@@ -120,6 +124,8 @@ KINDS: dict[str, Kind] = {
     "liquid": liquid,
 }
 
+LIMITS = {"dimer": MAX_FORCE_CLOSE, "contacts": MAX_FORCE_CLOSE}
+
 
 def label(atoms: Atoms, kind: str, teacher: Teacher) -> Atoms | None:
     """Return the labelled cell, or None if a force is beyond the threshold of its kind."""
@@ -130,7 +136,7 @@ def label(atoms: Atoms, kind: str, teacher: Teacher) -> Atoms | None:
     labelled.info["config_type"] = kind
     teacher.calculate(labelled)
     results = teacher.results
-    if np.abs(results["forces"]).max() > MAX_FORCE:
+    if np.abs(results["forces"]).max() > LIMITS.get(kind, MAX_FORCE):
         return None
     results = {key: results[key] for key in ("energy", "forces", "stress") if key in results}
     labelled.calc = SinglePointCalculator(labelled, **results)
