@@ -1,7 +1,7 @@
 """Label the tantalum data set with the teacher and write train.xyz, valid.xyz and test.xyz.
 
     python make_dataset.py                     # about three minutes on one core
-    python make_dataset.py --scale 0.05 --kinds strained dimer --output /tmp/ta
+    python make_dataset.py --scale 0.05 --kinds strained dimer --output small
 
 Each kind of cell has its own random stream (seed, kind): it comes out the same whatever else is
 made. Each kind is split 80/10/10. Positions are rounded to 8 decimals and cells to 10 before they
