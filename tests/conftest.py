@@ -1,8 +1,14 @@
-"""Set before anything imports triton: without a GPU its kernels are interpreted, not skipped."""
+"""Set before anything imports torch, numba or triton.
+
+One thread: the systems are tiny, and on a busy machine a second thread waits longer than it helps.
+Without a GPU triton's kernels are interpreted, not skipped.
+"""
 
 import os
 
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
