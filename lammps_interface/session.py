@@ -22,6 +22,7 @@ import numpy as np
 
 from lammps_interface.loader import load_unified
 from lammps_interface.plugin_data import PluginData, View, array_at, view_at
+from md_plugin.memory import keep_freed_memory
 
 DEFAULT_COMM_WIDTH = 64
 OWNS_PROCESS: list[bool] = []  # filled by host.run, which starts Python for LAMMPS alone
@@ -51,6 +52,7 @@ class Session:
         threads = ""
         if view.owns_process or OWNS_PROCESS:
             limit_threads(view.ranks_on_node)
+            keep_freed_memory()
             threads = f", {os.environ['OMP_NUM_THREADS']} threads per rank"
         self.unified = load_unified(name)
         units = view.units.decode()

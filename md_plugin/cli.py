@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from md_plugin import __version__
+from md_plugin.memory import keep_freed_memory
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
 # Those of the registry, which imports torch; they need not be available where one exports.
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="tantalum MD in ASE and LAMMPS, with table and plot")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo_output"))
-    demo.add_argument("--steps", type=int, default=500, help="MD steps in each engine")
+    demo.add_argument("--steps", type=int, default=300, help="MD steps in each engine")
     demo.set_defaults(command=_demo)
 
     train = commands.add_parser("train", help="train a model on extended XYZ files")
@@ -87,12 +88,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     from md_plugin.demo import run_demo
 
     run_demo(args.output, steps=args.steps)
 
 
 def _train(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     from md_plugin.training import train_from_config
 
     train_from_config(args.config, resume=args.resume, output=args.output)

@@ -88,7 +88,7 @@ class DemoError(RuntimeError):
     """An engine failed; the message carries its last words."""
 
 
-def run_demo(output: Path, steps: int = 500) -> list[Run]:
+def run_demo(output: Path, steps: int = 300) -> list[Run]:
     """Run the demo, print its table, and write its files into `output`.
 
     Args:

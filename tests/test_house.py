@@ -23,7 +23,7 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 
 # A room imports from the floors below its own; on one floor, as long as there is no cycle.
 FLOORS = {
-    0: ("units", "elements", "pairs", "halo"),
+    0: ("units", "elements", "memory", "pairs", "halo"),
     1: (
         "kernels.reference",
         "kernels.numba_cpu",
@@ -75,6 +75,7 @@ ROOMS = {
     "numpy": ("*",),
 }
 NO_PACKAGES = ("md_plugin", "md_plugin.units", "md_plugin.elements", "lammps_interface")
+NO_PACKAGES += ("md_plugin.memory",)
 NO_PACKAGES += ("lammps_interface.entry", "lammps_interface.build")  # run at each start of LAMMPS
 OPTIONAL = ("hippynn", "cupy", "triton", "pyscf")
 
