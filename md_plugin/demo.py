@@ -241,15 +241,16 @@ def parse_log(text: str) -> tuple[dict[str, NDArray[np.float64]], float]:
 
 
 def _table(runs: list[Run]) -> Any:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    first = runs[0]
-    n = len(first.frames[0])
-    table = Table(title=f"{n} atoms of tantalum, {TIMESTEP:g} fs, one thread per rank")
+    first, n = runs[0], len(runs[0].frames[0])
+    title = f"{n} atoms of tantalum, {TIMESTEP:g} fs, one thread per rank"
+    table = Table(title=title, box=SIMPLE)
     table.add_column("engine\n", no_wrap=True)
-    units_of = {"energy": "eV", "max |ΔF|": "eV/Å", "drift": "meV/atom/ps"}
-    for quantity, unit in {**units_of, "speed": "steps/s", "cost": "µs/atom/step"}.items():
-        table.add_column(f"{quantity}\n{unit}", justify="right", no_wrap=True)
+    units_of = "energy eV, max|ΔF| eV/Å, drift meV/atom/ps, speed steps/s, cost µs/atom/step"
+    for column in units_of.split(", "):
+        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for run in runs:
         difference = np.abs(run.forces - first.forces).max()
         table.add_row(
@@ -281,9 +282,8 @@ def _plot(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     energy, temperature, distribution = figure.subplots(1, 3)
-    styles = ("-", "--", ":")
     n = len(runs[0].frames[0])
-    for run, style in zip(runs, styles, strict=True):
+    for run, style in zip(runs, ("-", "--", ":"), strict=True):
         shifted = 1e3 * (run.total_energy - runs[0].total_energy[0]) / n
         energy.plot(run.time, shifted, style, label=run.name)
         temperature.plot(run.time, run.temperature, style, label=run.name)
