@@ -27,6 +27,12 @@ def derivative(energies, step):
     return energies @ np.array([1.0, -8.0, 8.0, -1.0]) / (12.0 * step)
 
 
+def steepness(slopes):
+    """The error of a difference grows with the fifth derivative, so with the size of the slopes:
+    1 for a few eV/Å, more for atoms pushed into each other's repulsive wall."""
+    return max(1.0, float(slopes.abs().max()) / 10.0)
+
+
 def moved(structure, positions):
     return replace(structure, positions=positions)
 
@@ -81,14 +87,16 @@ class PhysicsSuite:
         energies = potential.evaluate(copies, forces=False).energy.numpy().reshape(-1, 4)
         forces = potential.evaluate(structure).forces
         assert forces.abs().max() > 1e-3, "a structure without forces tests nothing"
-        close(forces, -derivative(energies, step).reshape(x.shape), atol=self.difference)
+        atol = self.difference * steepness(forces)
+        close(forces, -derivative(energies, step).reshape(x.shape), atol=atol)
 
     def test_virial_is_the_slope_under_strain(self, potential, structure):
         step, unit = 1e-4, np.eye(9).reshape(9, 3, 3)
         copies = [strained(structure, k * step * e) for e in unit for k in (-2, -1, 1, 2)]
         energies = potential.evaluate(copies, forces=False).energy.numpy().reshape(9, 4)
         virial = potential.evaluate(structure).virial[0]
-        close(virial, -derivative(energies, step).reshape(3, 3), atol=self.difference)
+        atol = self.difference * steepness(virial)
+        close(virial, -derivative(energies, step).reshape(3, 3), atol=atol)
 
     def test_virial_is_symmetric(self, potential, structure):
         virial = potential.evaluate(structure).virial[0]
