@@ -1,4 +1,4 @@
-"""hippynn: the same network there, with the same weights. The only file that imports hippynn.
+"""hippynn: the same network there, with the same weights; `bench` runs it as the peer.
 
 hippynn is optional (`pip install 'md-plugin[test]'` brings it) and needed only to compare. Names
 map layer for layer:
