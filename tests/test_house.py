@@ -52,7 +52,13 @@ LAZY_TO_LAMMPS = {"md_plugin.cli", "md_plugin.demo"}  # in functions only
 
 # Package -> where it may be imported. torch and numpy are everywhere above floor 0's tables.
 ROOMS = {
-    "ase": ("md_plugin.calculator", "md_plugin.data", "md_plugin.bench*", "md_plugin.demo*"),
+    "ase": (
+        "md_plugin.calculator",
+        "md_plugin.data",
+        "md_plugin.bench*",
+        "md_plugin.demo*",
+        "lammps_interface.doctor_child",
+    ),
     "vesin": ("md_plugin.neighbours",),
     # the kernels; elsewhere only to say how many threads they get
     "numba": (
@@ -66,7 +72,14 @@ ROOMS = {
     "safetensors": ("md_plugin.checkpoint",),
     "hippynn": ("md_plugin.hippynn_import", "md_plugin.bench*"),
     "yaml": ("md_plugin.training_config",),
-    "rich": ("md_plugin.cli", "md_plugin.training*", "md_plugin.bench*", "md_plugin.demo*"),
+    "rich": (
+        "md_plugin.cli",
+        "md_plugin.training*",
+        "md_plugin.bench*",
+        "md_plugin.demo*",
+        "lammps_interface.doctor",
+        "lammps_interface.validate",
+    ),
     "matplotlib": ("md_plugin.training_report", "md_plugin.bench*", "md_plugin.demo*"),
     "pyscf": ("md_plugin.nanodft*",),
     "lammps": ("lammps_interface.*",),
