@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "HipnnMLIAP": "lammps_interface.mliap",
     "LammpsHalo": "lammps_interface.exchange",
-    "export_mliap": "lammps_interface.mliap",
+    "export_mliap": "lammps_interface.export",
     "use_object": "lammps_interface.loader",
 }
 
@@ -18,8 +18,9 @@ __all__ = ["HipnnMLIAP", "LammpsHalo", "export_mliap", "use_object"]
 
 if TYPE_CHECKING:
     from lammps_interface.exchange import LammpsHalo
+    from lammps_interface.export import export_mliap
     from lammps_interface.loader import use_object
-    from lammps_interface.mliap import HipnnMLIAP, export_mliap
+    from lammps_interface.mliap import HipnnMLIAP
 
 
 def __getattr__(name: str) -> Any:

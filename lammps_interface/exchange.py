@@ -36,6 +36,12 @@ class LammpsHalo:
         """(n_recv, n_feat) -> (n_send, n_feat); see `md_plugin.halo.Halo`."""
         return cast(Tensor, _Fill.apply(features, self))  # type: ignore[no-untyped-call]
 
+    def adjoint(self, rows: Tensor) -> Tensor:
+        """(n_send, n_feat) -> (n_recv, n_feat); see `md_plugin.halo.Halo`."""
+        full = self.all_rows(rows)
+        _exchange(self.data.reverse_exchange, full)
+        return self.sender_rows(full, self.n_recv).to(rows.device)
+
     def all_rows(self, rows: Tensor) -> Tensor:
         """Rows of the first senders -> contiguous rows of all atoms of LAMMPS, zero elsewhere."""
         full = torch.zeros(self.data.ntotal, rows.shape[1], dtype=rows.dtype, device=self.device)
@@ -66,10 +72,7 @@ class _Fill(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        halo: LammpsHalo = ctx.halo
-        full = halo.all_rows(gradient)
-        _exchange(halo.data.reverse_exchange, full)
-        return halo.sender_rows(full, halo.n_recv).to(gradient.device), None
+        return ctx.halo.adjoint(gradient), None
 
 
 def _exchange(exchange: Any, full: Tensor) -> None:
@@ -79,3 +82,41 @@ def _exchange(exchange: Any, full: Tensor) -> None:
     exchange(full, full, full.shape[1])
     if full.is_cuda:
         torch.cuda.synchronize(full.device)
+
+
+def check_exchange(data: Any, device: torch.device, width: int) -> None:
+    """Sends a known tensor through LAMMPS's exchange, both ways. Every rank calls it.
+
+    Forward, ghosts must receive what LAMMPS knows of them anyway: their global ids, or their
+    elements where atoms have no ids. Back, an owner receives as many copies of its own value as
+    it receives ones.
+
+    Args:
+        data: LAMMPS's data object.
+        device: where LAMMPS's arrays live.
+        width: features per atom, float64.
+
+    Raises:
+        RuntimeError: the exchange delivers something else.
+    """
+    known = getattr(data, "tag", None)
+    known = data.elems if known is None and data.ntotal else known
+    if known is None or not data.ntotal:
+        known = torch.empty(0)
+    column = torch.as_tensor(known, device=device).double()[:, None] + 1
+    expected = column * torch.arange(1, width + 1, device=device, dtype=torch.float64)
+    halo = LammpsHalo(data, int(data.nlocal), device)
+    found = halo.fill(expected[: halo.n_recv])
+    if not torch.equal(found, expected):
+        n_bad = int((found != expected).any(dim=1).sum())
+        raise RuntimeError(
+            f"LAMMPS's exchange of features is broken here: {n_bad} of {halo.n_send} atoms "
+            "received another atom's values. Check that mpirun, LAMMPS and Python use one and the "
+            "same MPI library (md-plugin doctor)"
+        )
+    copies, back = halo.adjoint(torch.ones_like(expected)), halo.adjoint(expected)
+    if not torch.equal(back, copies * expected[: halo.n_recv]) or bool((copies < 1).any()):
+        raise RuntimeError(
+            "LAMMPS's exchange of features is broken here: what ghosts send back does not arrive "
+            "at their owners (md-plugin doctor)"
+        )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-MPI_COMM_WORLD = 0x44000000  # fixed by the MPICH ABI, which libmpi.so.12 stands for
+from lammps_interface.ranks import MPICH_COMM_WORLD
 
 
 def preload_mpi() -> ctypes.CDLL:
@@ -77,7 +77,7 @@ def _abort(mpi: ctypes.CDLL) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(1.0)  # mpiexec kills its output forwarders at once, with whatever they still hold
-    mpi.MPI_Abort(ctypes.c_int(MPI_COMM_WORLD), ctypes.c_int(1))
+    mpi.MPI_Abort(ctypes.c_int(MPICH_COMM_WORLD), ctypes.c_int(1))
 
 
 def _split_input(argv: list[str]) -> tuple[list[str], str | None]:

@@ -1,9 +1,9 @@
 """From LAMMPS's data object to the model's arguments, and results back.
 
-The only file that reads LAMMPS's attribute names. It serves three hosts alike: pair_style
-mliap/py (`PluginData`), plain ML-IAP (numpy), and ML-IAP with KOKKOS (cupy, or numpy on the
-host). All list pairs inside the cutoff row by row, and all take dE/dr_ij back by
-`update_pair_forces`, which adds forces and virial.
+The only file that reads LAMMPS's attribute names (with `couplings`, which tells the hosts apart).
+It serves three hosts alike: pair_style mliap/py (`PluginData`), plain ML-IAP (numpy), and ML-IAP
+with KOKKOS (cupy, or numpy on the host). All list pairs inside the cutoff row by row, and all
+take dE/dr_ij back by `update_pair_forces`, which adds forces and virial.
 
 Receivers must be the senders 0 .. n_recv - 1. LAMMPS's rows are its atoms 0 .. nlocal - 1 unless
 another pair style handles some types (pair_style hybrid); then atoms are renumbered: rows first,
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lammps_interface import faults
+from lammps_interface.couplings import device_of
 from lammps_interface.exchange import LammpsHalo
+from md_plugin.committee import energy_std, force_std
+from md_plugin.evaluation import Evaluation
 from md_plugin.pairs import Pairs
 
 _INDEX = torch.int64
@@ -34,30 +36,25 @@ class EngineStep:
         pairs: neighbours inside the cutoff.
         r_ij: (n_pair, 3) float64, LAMMPS's length unit.
         halo: exchange over LAMMPS, None where the host has none.
+        n_local: receivers that are LAMMPS's local atoms; ghosts with rows of their own follow.
+        order: (n_send,) atom index in LAMMPS of each sender; None where sender k is atom k.
     """
 
     elems: Tensor
     pairs: Pairs
     r_ij: Tensor
     halo: LammpsHalo | None
+    n_local: int
+    order: Tensor | None
 
+    @property
+    def has_ghosts(self) -> bool:
+        """Whether some senders are not among the receivers."""
+        return self.pairs.n_send > self.n_local
 
-def coupling_of(data: Any) -> str:
-    """Which of the couplings in `faults` a data object comes from."""
-    if hasattr(data, "list_count"):
-        return faults.PLUGIN
-    if not hasattr(data, "forward_exchange") and "kokkos" not in type(data).__module__:
-        return faults.PLAIN
-    return faults.KOKKOS if device_of(data).type == "cuda" else faults.KOKKOS_HOST
-
-
-def device_of(data: Any) -> torch.device:
-    """Where LAMMPS's arrays live."""
-    if data.ntotal:
-        # f is asked for, not an index array: those cannot be made where there are no pairs
-        return torch.device("cuda" if hasattr(data.f, "__cuda_array_interface__") else "cpu")
-    on_gpu = "kokkos" in type(data).__module__ and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
+    def local_order(self) -> Tensor | slice:
+        """Atom index in LAMMPS of each local receiver."""
+        return slice(self.n_local) if self.order is None else self.order[: self.n_local]
 
 
 def _tensor(data: Any, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -70,8 +67,13 @@ def _tensor(data: Any, name: str, count: int, dtype: torch.dtype, device: torch.
     return torch.as_tensor(getattr(data, name), device=device)[:count].to(dtype)
 
 
-def read_step(data: Any) -> EngineStep:
+def read_step(data: Any, *, ghost_rows: bool = False) -> EngineStep:
     """Views LAMMPS's arrays as the model's arguments, on LAMMPS's device.
+
+    Args:
+        data: LAMMPS's data object.
+        ghost_rows: whether ghosts are receivers too, with the neighbours that `ghostneigh 1` gives
+            them. Without it such rows, which come last, are left out.
 
     Raises:
         ValueError: a pair leads to an atom that this pair style does not handle.
@@ -79,12 +81,16 @@ def read_step(data: Any) -> EngineStep:
     device = device_of(data)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # KOKKOS fills the arrays on another stream
-    n_recv, n_send, n_pair = int(data.nlistatoms), int(data.ntotal), int(data.npairs)
+    n_local, n_send, n_pair = int(data.nlistatoms), int(data.ntotal), int(data.npairs)
+    n_recv = int(data.natomneigh) if ghost_rows else n_local
     rows = _tensor(data, "iatoms", n_recv, _INDEX, device)
     elems = _tensor(data, "elems", n_send, _INDEX, device)
+    receiver = _tensor(data, "pair_i", n_pair, torch.int32, device)
+    if data.natomneigh > n_recv:
+        n_pair = int((receiver < data.nlocal).sum())
+        receiver = receiver[:n_pair]
     r_ij = _tensor(data, "rij", n_pair, torch.float64, device)
     sender = _tensor(data, "pair_j", n_pair, torch.int32, device)
-    receiver = _tensor(data, "pair_i", n_pair, torch.int32, device)
     order = None
     if not torch.equal(rows, torch.arange(n_recv, device=device)):
         order, index = _renumber(rows, elems)
@@ -97,7 +103,7 @@ def read_step(data: Any) -> EngineStep:
     halo = None
     if hasattr(data, "forward_exchange"):
         halo = LammpsHalo(data, n_recv, device, order)
-    return EngineStep(elems, Pairs(row_ptr, sender, n_send), r_ij, halo)
+    return EngineStep(elems, Pairs(row_ptr, sender, n_send), r_ij, halo, n_local, order)
 
 
 def _renumber(rows: Tensor, elems: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,21 +131,56 @@ def write_results(data: Any, energy: float, atom_energy: Tensor, pair_gradient: 
     Args:
         data: LAMMPS's data object.
         energy: of this rank's atoms, LAMMPS's energy unit.
-        atom_energy: (n_recv,) energies in the order of the rows.
+        atom_energy: (n_local,) energies in the order of the rows.
         pair_gradient: (n_pair, 3) dE/dr_ij, which is the force on the receiver along the pair.
+            LAMMPS's pairs beyond the first n_pair get none.
     """
     device = device_of(data)
     data.energy = energy
     if data.nlistatoms:
         values = atom_energy.detach().to(device, torch.float64).contiguous()
-        if device.type == "cuda":
+        if "kokkos" in type(data).__module__:  # offers a view, and no way to set it
             torch.as_tensor(data.eatoms, device=device)[:] = values
         else:
             data.eatoms = values.numpy()
     if pair_gradient.shape[0]:
         forces = pair_gradient.detach().to(device, torch.float64).contiguous()
+        if missing := int(data.npairs) - forces.shape[0]:
+            forces = torch.cat([forces, forces.new_zeros(missing, 3)])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             data.update_pair_forces(forces)
         else:
             data.update_pair_forces(forces.numpy())
+
+
+def write_centroid(data: Any, step: EngineStep, virial: Tensor) -> None:
+    """Adds (n_send, 3, 3) centroid virials, LAMMPS's energy unit, to those of mliap/py's atoms."""
+    # xx yy zz xy xz yz yx zx zy: LAMMPS's order, rows of the first index
+    rows, columns = (0, 1, 2, 0, 0, 1, 1, 2, 2), (0, 1, 2, 1, 2, 2, 0, 0, 1)
+    values = virial[:, rows, columns].double().cpu().numpy()
+    order = slice(None) if step.order is None else step.order.numpy()
+    data.cvatom[order] += values
+
+
+def write_spread(
+    data: Any, step: EngineStep, found: Evaluation, energy: float, force: float
+) -> None:
+    """Spread of a committee's energies and forces for `fix pair`; every rank calls it.
+
+    Args:
+        data: the data object of mliap/py.
+        step: the step that was evaluated.
+        found: what the committee says, eV and Å.
+        energy: eV per energy unit of LAMMPS.
+        force: eV/Å per force unit of LAMMPS.
+    """
+    assert step.halo is not None
+    members = found.members
+    forces = torch.cat([m.forces for m in members if m.forces is not None], dim=1).double()
+    # forces on ghosts belong to their owners, in every member by itself
+    owned = step.halo.adjoint(forces).reshape(-1, len(members), 3).transpose(0, 1)
+    local = step.local_order()
+    data.force_std[local] = (force_std(owned[:, : step.n_local]) / force).cpu().numpy()
+    energies = torch.stack([m.atom_energy for m in members])
+    data.energy_std[local] = (energy_std(energies) / energy).cpu().numpy()

@@ -2,19 +2,37 @@
 
 One and the same file works with pair_style mliap/py and with LAMMPS's own ML-IAP, plain or with
 KOKKOS. The pickle holds the bytes of a `.hipnn` checkpoint and plain settings; weights are
-loaded on first use. The name `lammps_interface.mliap.HipnnMLIAP` is part of that format.
+loaded on first use. Several checkpoints in one file act as a committee. The name
+`lammps_interface.mliap.HipnnMLIAP` is part of that format.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lammps_interface import faults
+from lammps_interface.couplings import Coupling, check_table, coupling_of, device_of
+from lammps_interface.exchange import check_exchange
+from lammps_interface.lammps_data import (
+    EngineStep,
+    read_step,
+    write_centroid,
+    write_results,
+    write_spread,
+)
+from lammps_interface.native import Native, behind
+from lammps_interface.ranks import device_of_rank, end_all, local_rank, sharing
+from md_plugin.checkpoint import load_model_bytes
+from md_plugin.committee import Committee
+from md_plugin.kernels.registry import get_backend
+from md_plugin.potential import Potential
 
 if TYPE_CHECKING:
-    from md_plugin.potential import Potential
 
     class MLIAPUnified:
         """Stands for LAMMPS's base class, which has no types."""
@@ -28,47 +46,49 @@ else:
             """Stands for LAMMPS's base class where there is no LAMMPS."""
 
 
-FORMAT = 1
+FORMAT = 2  # 2: several models; files of format 1, with one, are read as well
 
 
 class HipnnMLIAP(MLIAPUnified):
     """The object behind `pair_style mliap unified FILE 0`.
 
     Args:
-        hipnn: content of a `.hipnn` checkpoint.
+        hipnn: content of a `.hipnn` checkpoint, or of several, which then act as a committee.
         dtype: "mixed", "float64" or "float32"; see `md_plugin.potential`.
-        device: "auto" follows LAMMPS's arrays (KOKKOS on a GPU), else takes CUDA if there is
-            one; or a torch device name.
+        device: "auto" follows LAMMPS's arrays (KOKKOS on a GPU), else takes a GPU of this node if
+            there is one; or a torch device name. See `ranks.device_of_rank`.
         backend: kernels; see `md_plugin.kernels`. None: chosen where LAMMPS runs.
-        units: LAMMPS unit style of the scripts. mliap/py tells the real one, other LAMMPS do not.
+        units: LAMMPS unit style of the scripts, for hosts that cannot be asked for it.
+
+    Raises:
+        ValueError: the checkpoints do not fit together.
     """
 
     def __init__(
         self,
-        hipnn: bytes,
+        hipnn: bytes | Sequence[bytes],
         *,
         dtype: str = "mixed",
         device: str = "auto",
         backend: str | None = None,
         units: str = "metal",
     ):
-        from md_plugin.checkpoint import load_model_bytes
         from md_plugin.elements import SYMBOLS
 
-        potential = load_model_bytes(hipnn, device="cpu", dtype=dtype)
-        config = potential.model.config
+        models = [hipnn] if isinstance(hipnn, bytes) else [bytes(model) for model in hipnn]
+        potential = _load_potential(models, device="cpu", dtype=dtype, backend=None)
         self._state: dict[str, Any] = {
             "format": FORMAT,
-            "hipnn": bytes(hipnn),
+            "models": models,
             "dtype": dtype,
             "device": device,
             "backend": backend,
             "units": units,
-            "elements": [SYMBOLS[z] for z in config.species],
-            "species": list(config.species),
-            "rcut": config.rcut,
-            "n_feat": config.n_feat,
-            "n_exchanges": potential.model.n_exchanges,
+            "elements": [SYMBOLS[z] for z in potential.species],
+            "species": list(potential.species),
+            "rcut": potential.rcut,
+            "n_feat": potential.n_feat,
+            "n_exchanges": potential.n_exchanges,
         }
         self._configure()
 
@@ -81,19 +101,29 @@ class HipnnMLIAP(MLIAPUnified):
                 f"the model file has format {state['format']}, this md_plugin reads up to "
                 f"{FORMAT}: upgrade md_plugin, or export the model again with this version"
             )
+        if "hipnn" in state:  # format 1
+            state = {**state, "format": FORMAT, "models": [state["hipnn"]]}
+            del state["hipnn"]
         self._state = state
         self._configure()
 
     def _configure(self) -> None:
         state = self._state
         self._potential: Potential | None = None
-        self._checked = False
-        self.interface: Any = None
+        self._coupling: Coupling | None = None
+        self._interface: Any = None
+        self._native: Native | None = None
+        self._rank_on_node, self._ranks_on_node = local_rank(), 1
         self.element_types: list[str] = state["elements"]
         self.ndescriptors = 1
         self.nparams = 1
+        # what mliap/py asks for; see session
+        self.centroid = True
+        self.n_models = len(state["models"])
         numbers = 8 if state["dtype"] == "float64" else 4
         self.comm_width = math.ceil(state["n_feat"] * numbers / 8) if state["n_exchanges"] else 0
+        if self.n_models > 1:
+            self.comm_width = max(self.comm_width, 3 * self.n_models)
         self._set_unit_style(state["units"])
 
     def _set_unit_style(self, name: str) -> None:
@@ -103,59 +133,109 @@ class HipnnMLIAP(MLIAPUnified):
         self.cutoff = self._state["rcut"] / self._units.length
         self.rcutfac = self.cutoff / 2  # LAMMPS cuts at 2 * radius * rcutfac, radius 1
 
-    def set_units(self, style: str) -> None:
+    def begin_run(self, units: str, rank_on_node: int, ranks_on_node: int) -> None:
         """Told by mliap/py before the run; also the moment when the weights are read."""
-        self._set_unit_style(style)
+        self._rank_on_node, self._ranks_on_node = rank_on_node, ranks_on_node
+        self._set_unit_style(units)
         _ = self.potential
+
+    @property
+    def interface(self) -> Any:
+        """What LAMMPS has connected this object to."""
+        return self._interface
+
+    @interface.setter
+    def interface(self, value: Any) -> None:
+        """LAMMPS's own couplings set it at pair_style: the moment to ask for units and sizes."""
+        self._interface = value
+        self._native = native = behind(value, self) if value is not None else None
+        if native is None:
+            return
+        try:
+            self._set_unit_style(native.units)
+            if "kokkos" not in type(value).__module__:
+                check_table(native, self.cutoff, self._state["n_exchanges"])
+        except ValueError as error:
+            end_all(error, native.rank, native.n_ranks)
 
     @property
     def potential(self) -> Potential:
         """The loaded potential."""
         if self._potential is None:
-            self._load(self._state["device"])
+            self._load(device_of_rank(self._state["device"], self._rank_on_node))
         assert self._potential is not None
         return self._potential
 
     def _load(self, device: Any) -> None:
-        from md_plugin.checkpoint import load_model_bytes
-
         state = self._state
-        self._potential = load_model_bytes(
-            state["hipnn"], device=device, dtype=state["dtype"], backend=state["backend"]
+        self._potential = _load_potential(
+            state["models"], device=device, dtype=state["dtype"], backend=state["backend"]
         )
 
-    def _prepare(self, data: Any) -> None:
-        """First step: checks the host and settles the device."""
-        from lammps_interface.lammps_data import coupling_of, device_of
+    def describe(self) -> tuple[str, str, str]:
+        """Device with its sharing, backend and precision, for the table of ranks."""
+        potential = self.potential
+        member = getattr(potential, "members", (potential,))[0]
+        backend = get_backend(member.model.backend, potential.device).name
+        count = sharing(potential.device, self._state["device"], self._ranks_on_node)
+        shared = f" ({count} ranks)" if count > 1 else ""
+        return f"{potential.device}{shared}", backend, potential.dtype
 
-        ghosts = data.natomneigh > data.nlistatoms
-        faults.check(coupling_of(data), self._state["n_exchanges"], ghostneigh=ghosts)
-        if self._potential is None and self._state["device"] == "auto":
-            self._load(device_of(data) if device_of(data).type == "cuda" else "auto")
-        self._checked = True
+    def _prepare(self, data: Any) -> Coupling:
+        """First step: checks the host and settles the device."""
+        kind, state = coupling_of(data), self._state
+        coupling = Coupling(kind, state["n_exchanges"], self.cutoff, self._native)
+        device = device_of(data)
+        if self._potential is None and state["device"] == "auto" and device.type == "cuda":
+            self._load(device)
+        if kind != faults.PLUGIN:
+            rank = self._native.rank if self._native else 0
+            if state["n_exchanges"] and hasattr(data, "forward_exchange"):
+                check_exchange(data, device, state["n_feat"])
+            text = f"{kind}: rank {rank}: {self!r}"
+            sys.stdout.write("\n".join([text, *(f"note: {f.text}" for f in coupling.told), ""]))
+            sys.stdout.flush()
+        self._coupling = coupling
+        return coupling
 
     def compute_forces(self, data: Any) -> None:
-        """Energy, forces and virial of one step."""
-        import torch
+        """Energy, forces and virial of one step; a fault ends all ranks."""
+        try:
+            self._compute(data, self._coupling or self._prepare(data))
+        except Exception as error:
+            if self._native is None:  # mliap/py, which sees to it itself, or an unknown host
+                raise
+            end_all(error, self._native.rank, self._native.n_ranks)
 
-        from lammps_interface.lammps_data import read_step, write_results
-
-        if not self._checked:
-            self._prepare(data)
+    def _compute(self, data: Any, coupling: Coupling) -> None:
         potential, units = self.potential, self._units
-        step = read_step(data)
+        step = read_step(data, ghost_rows=coupling.ghost_rows)
+        coupling.check_step(data, step.has_ghosts)
         numbers = torch.tensor(self._state["species"], device=step.elems.device)
-        species = numbers[step.elems].to(potential.device)
         r_ij = (step.r_ij * units.length).to(potential.device)
         potential.check_distances(r_ij)
-        pairs = step.pairs.to(potential.device)
-        halo = step.halo if self._state["n_exchanges"] else None
-        found = potential.evaluate_pairs(species, pairs, r_ij, halo=halo)
+        centroid = coupling.kind == faults.PLUGIN and data.want_centroid
+        found = potential.evaluate_pairs(
+            numbers[step.elems].to(potential.device),
+            step.pairs.to(potential.device),
+            r_ij,
+            halo=step.halo if self._state["n_exchanges"] else None,
+            n_local=step.n_local,
+            positions=self._positions(data, step) if centroid else None,
+        )
         energy = float(found.energy[0]) / units.energy
         _check_finite(energy, data)
         assert found.pair_gradient is not None
         gradient = found.pair_gradient / units.force
         write_results(data, energy, found.atom_energy / units.energy, gradient)
+        if centroid and found.centroid_virial is not None and data.ntotal:
+            write_centroid(data, step, found.centroid_virial / units.energy)
+        if coupling.kind == faults.PLUGIN and data.want_std:
+            write_spread(data, step, found, units.energy, units.force)
+
+    def _positions(self, data: Any, step: EngineStep) -> torch.Tensor:
+        x = data.x if step.order is None else data.x[step.order.numpy()]
+        return torch.as_tensor(x, device=self.potential.device) * self._units.length
 
     def compute_descriptors(self, data: Any) -> None:
         """Nothing: LAMMPS calls it before compute_forces."""
@@ -190,43 +270,7 @@ def _check_finite(energy: float, data: Any) -> None:
     )
 
 
-def export_mliap(
-    model: Any,
-    output: str | Path,
-    *,
-    dtype: str = "mixed",
-    device: str = "auto",
-    backend: str | None = None,
-    units: str = "metal",
-) -> None:
-    """Writes the file that `pair_style mliap unified FILE 0` reads.
-
-    Args:
-        model: path or name of a model, or a loaded `Potential`.
-        output: file to write; must end in .pt or .pth, by which LAMMPS chooses its loader.
-        dtype: precision in LAMMPS.
-        device: where to compute in LAMMPS.
-        backend: kernels in LAMMPS; None or "auto" chooses there.
-        units: unit style of the scripts; only LAMMPS's own ML-IAP needs to be told.
-
-    Raises:
-        ValueError: unusable model, name or setting.
-    """
-    import torch
-
-    from md_plugin.checkpoint import load_model, model_bytes
-
-    path = Path(output)
-    if path.suffix not in (".pt", ".pth"):
-        raise ValueError(f"the output must end in .pt or .pth for LAMMPS to read it, got {path}")
-    content = model_bytes(load_model(model, device="cpu", dtype="float64"))
-    unified = HipnnMLIAP(
-        content,
-        dtype=dtype,
-        device=device,
-        backend=None if backend == "auto" else backend,
-        units=units,
-    )
-    partial = path.with_name(path.name + ".partial")
-    torch.save(unified, partial)
-    partial.replace(path)
+def _load_potential(models: Sequence[bytes], **settings: Any) -> Potential:
+    """The potential of one checkpoint, or the committee of several."""
+    members = [load_model_bytes(model, **settings) for model in models]
+    return members[0] if len(members) == 1 else Committee(members)

@@ -7,96 +7,24 @@ that any MLIAPUnified object runs under it:
     elems iatoms ielems numneighs      (ntotal,) (nlistatoms,) (nlistatoms,) (nlistatoms,)
     pair_i pair_j jatoms jelems rij    (npairs,) ... (npairs, 3): pairs inside the cutoff
     energy eatoms f                    written: scalar, (nlistatoms,), (ntotal, 3)
+    tag                                (ntotal,) global ids, None where atoms have none
     update_pair_energy update_pair_forces forward_exchange reverse_exchange eflag vflag
 
 and what makes it fast: `x`, the pair list with its skin (`row_ptr`, `sender`), `list_count`,
-which grows each time that list was rebuilt, and `add_virial`. Pair arrays inside the cutoff are
+which grows each time that list was rebuilt, and `add_virial`; and what only this pair style has:
+centroid virials (`want_centroid`, `cvatom`) and the spread of a committee (`want_std`,
+`force_std`, `energy_std`). Pair arrays inside the cutoff are
 built only when they are asked for. Arrays are views of LAMMPS's memory, valid during one call.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
 from typing import Any
 
 import numpy as np
 
-_PAIRS = ctypes.CFUNCTYPE(c_int32, c_void_p)
-_FORCES = ctypes.CFUNCTYPE(c_int32, c_void_p, c_void_p)
-_EXCHANGE = ctypes.CFUNCTYPE(
-    c_int32, c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32
-)
-
-
-class View(ctypes.Structure):
-    """Mirror of `MLIAPView` in plugin/mliap_view.h, which explains each field."""
-
-    _fields_ = [
-        ("struct_size", c_int32),
-        ("lammps_version", c_int32),
-        ("rank", c_int32),
-        ("nranks", c_int32),
-        ("ranks_on_node", c_int32),
-        ("owns_process", c_int32),
-        ("units", c_char_p),
-        ("pair", c_void_p),
-        ("rcut", c_double),
-        ("comm_width", c_int32),
-        ("info", ctypes.c_char * 512),
-        ("ntypes", c_int32),
-        ("type_map", c_void_p),
-        ("nlocal", c_int32),
-        ("ntotal", c_int32),
-        ("nlist", c_int32),
-        ("eflag", c_int32),
-        ("vflag", c_int32),
-        ("list_count", c_int64),
-        ("step", c_int64),
-        ("n_pair", c_int64),
-        ("x", c_void_p),
-        ("elems", c_void_p),
-        ("ilist", c_void_p),
-        ("row_ptr", c_void_p),
-        ("sender", c_void_p),
-        ("f", c_void_p),
-        ("eatoms", c_void_p),
-        ("energy", c_double),
-        ("virial", c_double * 6),
-        ("vatom", c_void_p),
-        ("n_inside", c_int64),
-        ("inside_row", c_void_p),
-        ("inside_i", c_void_p),
-        ("inside_j", c_void_p),
-        ("numneighs", c_void_p),
-        ("inside_rij", c_void_p),
-        ("inside_pairs", _PAIRS),
-        ("pair_forces", _FORCES),
-        ("exchange", _EXCHANGE),
-        ("error_text", c_char_p),
-    ]
-
-
-def view_at(address: int) -> View:
-    """The struct at an address, after checking that both sides agree about its layout."""
-    view = View.from_address(address)
-    if view.struct_size != ctypes.sizeof(View):
-        raise RuntimeError(
-            f"the compiled plugin and lammps_interface are of different versions (struct of "
-            f"{view.struct_size} and {ctypes.sizeof(View)} bytes); remove the plugin's folder from "
-            "LAMMPS_PLUGIN_PATH and start LAMMPS again"
-        )
-    return view
-
-
-def array_at(address: int | None, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """View of memory as an array; an empty array where there is nothing to view."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if not address or not size:
-        return np.empty(shape, dtype)
-    buffer: Any = (ctypes.c_char * size).from_address(address)
-    return np.ndarray(shape, dtype, buffer)
+from lammps_interface.view import View, array_at
 
 
 def _host_rows(name: str, rows: Any, count: int) -> np.ndarray:
@@ -144,10 +72,13 @@ class PluginData:
         self.vflag: int = view.vflag
         self.step: int = view.step
         self.list_count: int = view.list_count
+        self.want_std = bool(view.want_std)
+        self.want_centroid = bool(view.want_centroid)
         self.x = array_at(view.x, (view.ntotal, 3), np.float64)
         self.f = array_at(view.f, (view.ntotal, 3), np.float64)
         self.elems = array_at(view.elems, (view.ntotal,), np.int32)
         self.iatoms = array_at(view.ilist, (view.nlist,), np.int32)
+        self.tag = array_at(view.tag, (view.ntotal,), np.int32) if view.tag else None
 
     def _check(self, failed: int) -> None:
         if failed:
@@ -240,6 +171,23 @@ class PluginData:
         if not self._view.vatom:
             return None
         return array_at(self._view.vatom, (self.ntotal, 6), np.float64)
+
+    @property
+    def cvatom(self) -> np.ndarray | None:
+        """(ntotal, 9) to add xx yy zz xy xz yz yx zx zy to; None without atoms or if not wanted."""
+        if not self._view.cvatom:
+            return None
+        return array_at(self._view.cvatom, (self.ntotal, 9), np.float64)
+
+    @property
+    def force_std(self) -> np.ndarray:
+        """(nlocal,) to fill where `want_std` is true: spread of a committee's forces."""
+        return array_at(self._view.force_std, (self.nlocal,), np.float64)
+
+    @property
+    def energy_std(self) -> np.ndarray:
+        """(nlocal,) to fill where `want_std` is true: spread of a committee's atom energies."""
+        return array_at(self._view.energy_std, (self.nlocal,), np.float64)
 
     def add_virial(self, virial: np.ndarray) -> None:
         """Adds a (3, 3) virial, sum of r (x) force, to this rank's virial."""

@@ -7,7 +7,11 @@ Optional attributes of a unified object that a session asks for:
 
     comm_width         largest number of features per atom in one exchange, in float64; 0 means
                        that it never exchanges. Without it, 64. Wider exchanges are split.
-    set_units(style)   told LAMMPS's unit style before rcutfac is read
+    begin_run(units, rank_on_node, ranks_on_node)      told before rcutfac is read
+    centroid           True if compute_forces fills data.cvatom where data.want_centroid is true
+    n_models           members of a committee: where data.want_std is true, compute_forces fills
+                       data.force_std and data.energy_std
+    describe()         device, backend and precision, for the table of ranks
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from lammps_interface.loader import load_unified
-from lammps_interface.plugin_data import PluginData, View, array_at, view_at
+from lammps_interface.plugin_data import PluginData
+from lammps_interface.ranks import HEADER, row
+from lammps_interface.view import View, array_at, view_at
 from md_plugin.memory import keep_freed_memory
 
 DEFAULT_COMM_WIDTH = 64
@@ -56,12 +62,19 @@ class Session:
             threads = f", {os.environ['OMP_NUM_THREADS']} threads per rank"
         self.unified = load_unified(name)
         units = view.units.decode()
-        if hasattr(self.unified, "set_units"):
-            self.unified.set_units(units)
+        if hasattr(self.unified, "begin_run"):
+            self.unified.begin_run(units, view.node_rank, view.ranks_on_node)
         self.elements = [str(element) for element in self.unified.element_types]
         # LAMMPS's mliap unified gives every element the radius 1 and cuts at 2 radius rcutfac
         view.rcut = 2.0 * float(self.unified.rcutfac)
         view.comm_width = int(getattr(self.unified, "comm_width", DEFAULT_COMM_WIDTH))
+        view.centroid = bool(getattr(self.unified, "centroid", False))
+        view.n_models = int(getattr(self.unified, "n_models", 1))
+        if view.ghostneigh and not hasattr(self.unified, "comm_width"):
+            raise ValueError(
+                "pair_style mliap/py lists no neighbours of ghost atoms (ghostneigh 1); models "
+                "of md_plugin need none, because features of ghosts are exchanged"
+            )
         self.data = PluginData(
             view,
             elements=self.elements,
@@ -69,6 +82,7 @@ class Session:
             nparams=int(self.unified.nparams or 0),
         )
         self.unified.interface = self
+        self._first = True
         info = f"{self.unified!r} by the Python of {sys.prefix}{threads}"
         view.info = info.encode(errors="replace")[:511]
 
@@ -97,9 +111,28 @@ class Session:
     def compute(self, _: str = "") -> None:
         """One evaluation; results are written into the view."""
         self.data.begin_step()
+        if self._first:
+            self._first = False
+            self._introduce()
         self.unified.compute_descriptors(self.data)
         self.unified.compute_gradients(self.data)
         self.unified.compute_forces(self.data)
+
+    def _introduce(self) -> None:
+        """First step: checks the exchange, and fills this rank's row of the table of ranks."""
+        # not at the top: torch is to be imported after limit_threads
+        import torch
+
+        from lammps_interface.exchange import check_exchange
+
+        view, exchange = self._view, "none"
+        if view.comm_width > 0:
+            check_exchange(self.data, torch.device("cpu"), view.comm_width)
+            exchange = "checked"
+        device, backend, dtype = getattr(self.unified, "describe", lambda: ("-", "-", "-"))()
+        mpi = (view.mpi_library or b"").decode(errors="replace"), view.mpi_gpu_aware
+        view.header = HEADER.encode()
+        view.row = row(view.rank, device, backend, dtype, exchange, mpi).encode()[:159]
 
 
 @_reported()

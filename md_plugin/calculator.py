@@ -18,9 +18,10 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from md_plugin.checkpoint import load_model
+from md_plugin.evaluation import Evaluation
 from md_plugin.neighbours import NeighbourList
 from md_plugin.pairs import Pairs
-from md_plugin.potential import Evaluation, Potential
+from md_plugin.potential import Potential
 
 
 class HipnnCalculator(Calculator):

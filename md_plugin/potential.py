@@ -1,13 +1,9 @@
 """Potential: energies, forces and virial of a network, from one autograd call.
 
-The only place that asks autograd for forces. The network sees pair vectors r_ij alone, so
-
-    g_p      = dE / d r_ij(p)                                      one backward pass
-    F_i      = sum_{p: receiver i} g_p - sum_{p: sender i} g_p
-    W        = - sum_p r_p (x) g_p           virial;  stress = -W / volume in ASE's sign
-
-hold for molecules, crystals and ghosts alike. With ghosts, F has rows for them too: they belong
-to the owners and are sent there by the engine.
+The only place that asks autograd for forces. The network sees pair vectors r_ij alone, so one
+backward pass gives dE/dr_ij, and forces and virials are the sums over pairs of
+`md_plugin.evaluation`, for molecules, crystals and ghosts alike. With ghosts, forces have rows
+for them too: they belong to the owners and are sent there by the engine.
 
 dtype "float64": everything in float64. "float32": geometry and network in float32. "mixed":
 geometry, sums of energies and sums of forces in float64, network in float32. Energies are summed
@@ -18,8 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +21,8 @@ import torch
 from torch import Tensor
 
 from md_plugin.elements import symbols
-from md_plugin.halo import Halo
+from md_plugin.evaluation import Evaluation, segment_sum
+from md_plugin.halo import Halo, MomentHalo, NoHalo
 from md_plugin.kernels.registry import get_backend
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.neighbours import Batch, Structure
@@ -41,57 +36,6 @@ DTYPES = {
     "float32": (torch.float32, torch.float32),
     "mixed": (torch.float64, torch.float32),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """What a potential says about one or many structures.
-
-    Sums over pairs are taken when they are first asked for: an engine that adds up forces itself
-    pays for `pair_gradient` alone.
-
-    Attributes:
-        energy: (n_structures,) float64, eV.
-        atom_energy: (n_recv,) float64, eV.
-        pair_gradient: (n_pair, 3) dE/dr_ij, eV/Å; None where forces were not asked for.
-        pairs: the pairs that were evaluated.
-        r_ij: (n_pair, 3) Å, in the geometry's dtype.
-        structure: (n_recv,) structure of each atom; None for one structure.
-    """
-
-    energy: Tensor
-    atom_energy: Tensor
-    pair_gradient: Tensor | None
-    pairs: Pairs
-    r_ij: Tensor
-    structure: Tensor | None = None
-
-    @cached_property
-    def forces(self) -> Tensor | None:
-        """(n_send, 3) eV/Å; rows of ghosts are to be added to their owners. Or None."""
-        if self.pair_gradient is None:
-            return None
-        return pair_forces_to_atoms(self.pair_gradient, self.pairs)
-
-    @cached_property
-    def virial(self) -> Tensor | None:
-        """(n_structures, 3, 3) eV, -sum_p r_p (x) g_p. Or None."""
-        if self.pair_gradient is None:
-            return None
-        if self.structure is None:
-            return -(self.r_ij.T @ self.pair_gradient)[None]
-        terms = -(self.r_ij[:, :, None] * self.pair_gradient[:, None, :])
-        structure = self.structure[self.pairs.receiver]
-        return segment_sum(terms, structure, self.energy.numel())
-
-    @cached_property
-    def atom_virial(self) -> Tensor | None:
-        """(n_send, 3, 3) eV: half of each pair's -r (x) g to each of its atoms. Or None."""
-        if self.pair_gradient is None:
-            return None
-        half = (-0.5 * self.r_ij[:, :, None] * self.pair_gradient[:, None, :]).flatten(1)
-        atoms = half.new_zeros(self.pairs.n_send, 9).index_add(0, self.pairs.receiver, half)
-        return atoms.index_add(0, self.pairs.sender_long, half).reshape(-1, 3, 3)
 
 
 class Potential:
@@ -130,6 +74,16 @@ class Potential:
     def rcut(self) -> float:
         """Cutoff, Å."""
         return self.model.config.rcut
+
+    @property
+    def n_exchanges(self) -> int:
+        """Feature exchanges per energy where there are ghosts: interaction layers - 1."""
+        return self.model.n_exchanges
+
+    @property
+    def n_feat(self) -> int:
+        """Features per atom in an exchange."""
+        return self.model.config.n_feat
 
     def evaluate(
         self, structures: Structure | Sequence[Structure] | Batch, *, forces: bool = True
@@ -170,6 +124,8 @@ class Potential:
         n_structures: int = 1,
         forces: bool = True,
         create_graph: bool = False,
+        n_local: int | None = None,
+        positions: Tensor | None = None,
         backend: str | None = None,
     ) -> Evaluation:
         """Evaluate given pairs. Nothing is checked here: see `check_species`, `check_distances`.
@@ -183,21 +139,49 @@ class Potential:
             n_structures: how many structures there are.
             forces: whether to compute forces and virial.
             create_graph: keep the graph, to differentiate the forces again (training).
+            n_local: how many of the first receivers count in the energy; None for all. Others are
+                ghosts whose features are computed here because no halo knows them.
+            positions: (n_send, 3), Å, from which r_ij was made without further shifts; asks for
+                `pair_moment`, at the price of three more backward passes.
             backend: overrides the model's backend for this call.
         """
         r_ij = r_ij.detach().to(self.geometry_dtype).requires_grad_(forces)
-        gradient = None
+        gradient = moment = None
+        moments = None
+        if positions is not None:
+            centred = positions - positions.mean(dim=0) if len(positions) else positions
+            halo = moments = MomentHalo(halo or NoHalo(), centred.to(self.geometry_dtype))
         # Also inside a caller's torch.no_grad(): forces are made of gradients.
         with torch.set_grad_enabled(forces or create_graph):
-            atom_energy = self.model(species, pairs, r_ij, halo, backend)
+            atom_energy = self.model(species, pairs, r_ij, halo, backend)[:n_local]
             energy = segment_sum(atom_energy, structure, n_structures)
             if forces:
                 # Summing over structures is harmless: each r_ij belongs to one of them.
-                total = atom_energy.sum()
-                (gradient,) = torch.autograd.grad(total, r_ij, create_graph=create_graph)
+                total, keep = atom_energy.sum(), create_graph or moments is not None
+                (gradient,) = torch.autograd.grad(
+                    total, r_ij, create_graph=create_graph, retain_graph=keep
+                )
+                if moments is not None:
+                    moment = self._pair_moment(atom_energy, r_ij, gradient, moments, pairs)
         if not create_graph:
             energy, atom_energy, r_ij = energy.detach(), atom_energy.detach(), r_ij.detach()
-        return Evaluation(energy, atom_energy, gradient, pairs, r_ij, structure)
+        return Evaluation(energy, atom_energy, gradient, pairs, r_ij, structure, moment)
+
+    def _pair_moment(
+        self, energy: Tensor, r_ij: Tensor, gradient: Tensor, halo: MomentHalo, pairs: Pairs
+    ) -> Tensor:
+        """D of `md_plugin.evaluation`, from d(sum_i x_i E_i)/dr_p, one component of x at a time."""
+        if self.n_exchanges == 0:
+            return gradient.new_zeros(pairs.n_pair, 3, 3)
+        columns = []
+        for axis in range(3):
+            halo.axis = axis
+            x = halo.positions[:, axis]
+            (weighted,) = torch.autograd.grad(
+                energy, r_ij, x[: energy.numel()].to(energy.dtype), retain_graph=axis < 2
+            )
+            columns.append(weighted - x[pairs.receiver, None] * gradient)
+        return torch.stack(columns, dim=1)
 
     def check_species(self, species: Tensor | np.ndarray) -> None:
         """Raise ValueError naming every element that the model was not made for."""
@@ -249,21 +233,13 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f"device {str(device)!r} is not known to torch; choose auto, cpu, cuda or cuda:1 ..."
         ) from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device")
+        if (chosen.index or 0) >= count:
+            raise ValueError(
+                f"device {str(device)!r} was asked for, but torch sees {count} CUDA "
+                f"device{'s' if count > 1 else ''}, numbered from 0"
+            )
     return chosen
-
-
-def segment_sum(values: Tensor, segment: Tensor | None, n_segments: int) -> Tensor:
-    """Sum rows (n, ...) by segment -> (n_segments, ...)."""
-    if segment is None:
-        return values.sum(dim=0, keepdim=True)
-    return values.new_zeros(n_segments, *values.shape[1:]).index_add(0, segment, values)
-
-
-def pair_forces_to_atoms(gradient: Tensor, pairs: Pairs) -> Tensor:
-    """dE/dr_ij (n_pair, 3) -> forces (n_send, 3): + on the receiver, - on the sender."""
-    forces = gradient.new_zeros(pairs.n_send, 3)
-    return forces.index_add(0, pairs.receiver, gradient).index_add(
-        0, pairs.sender_long, gradient, alpha=-1
-    )

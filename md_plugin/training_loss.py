@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from md_plugin.data import LabelledBatch
-from md_plugin.potential import Evaluation, Potential, segment_sum
+from md_plugin.evaluation import Evaluation, segment_sum
+from md_plugin.potential import Potential
 from md_plugin.training_config import TrainingConfig
 
 FloatArray = NDArray[np.float64]

@@ -39,6 +39,15 @@ class LJ(Base):
         data.update_pair_forces(scale[:, None] * data.rij)
 
 
+class Foreign(LJ):
+    """Says nothing about exchanges, as objects of other projects."""
+
+    def __getattribute__(self, name):
+        if name == "comm_width":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
 class Exchange(Base):
     """Exchanges features known from the position, and checks the adjoint identity.
 

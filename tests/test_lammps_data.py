@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from lammps_interface import faults
+from lammps_interface.couplings import coupling_of
 from lammps_interface.exchange import LammpsHalo
-from lammps_interface.lammps_data import coupling_of, read_step
+from lammps_interface.lammps_data import read_step
 from lammps_interface.mliap import HipnnMLIAP
-from lammps_interface.plugin_data import PluginData, View, view_at
+from lammps_interface.plugin_data import PluginData
+from lammps_interface.view import View, view_at
 from md_plugin.checkpoint import model_bytes
 from md_plugin.model.hipnn import Hipnn, HipnnConfig
 from md_plugin.neighbours import neighbour_pairs
@@ -82,6 +84,7 @@ class ExchangingData(PlainData):
     """Adds the exchange, as mliap/py does; `list_count` is how that host is recognised."""
 
     list_count = 1
+    want_centroid = want_std = False
 
     @property
     def nlocal(self):

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from lammps_helpers import dump_object, environment, launch, lmp, needs_lammps, write_crystal
-from lammps_objects import LJ, Faulty
+from lammps_objects import LJ, Faulty, Foreign
 
-from lammps_interface.mliap import HipnnMLIAP, export_mliap
+from lammps_interface import export_mliap
+from lammps_interface.mliap import HipnnMLIAP
 from md_plugin.checkpoint import model_bytes
 from md_plugin.model.hipnn import Hipnn, HipnnConfig
 
@@ -83,6 +84,11 @@ def good(folder):
     dump_object(folder, LJ(["Ar", "Kr"], 8.0))
 
 
+def foreign(folder):
+    """An object that does not say whether it exchanges features."""
+    dump_object(folder, Foreign(["Ar", "Kr"], 8.0))
+
+
 def exported(folder):
     export_mliap(as_file(folder), folder / "model.pt", dtype="float64")
 
@@ -100,9 +106,10 @@ def newer(folder):
 
 def newer_checkpoint(folder):
     unified = HipnnMLIAP(model_bytes(tiny_model()))
-    content = unified._state["hipnn"].replace(b'version\\": 1', b'version\\": 9')
-    assert content != unified._state["hipnn"]
-    unified._state["hipnn"] = content
+    (written,) = unified._state["models"]
+    content = written.replace(b'version\\": 1', b'version\\": 9')
+    assert content != written
+    unified._state["models"] = [content]
     torch.save(unified, folder / "model.pt")
 
 
@@ -127,7 +134,7 @@ CASES = {
     "coeff count": (good, {"coeff": "* * Ar"}, "each of the 2 atom types; got 1"),
     "coeff types": (good, {"coeff": "1 2 Ar Kr"}, "must start with * *"),
     "newton off": (good, {"newton": "off"}, "requires newton pair on"),
-    "ghostneigh": (good, {"style": "unified model.pkl 1"}, "does not support ghostneigh 1"),
+    "ghostneigh": (foreign, {"style": "unified model.pkl 1"}, "lists no neighbours of ghost atoms"),
     "other mliap": (good, {"style": "model linear a descriptor sna b"}, "without the suffix py"),
     "extra word": (good, {"style": "unified model.pkl 0 fast"}, "unexpected 'fast'"),
 }

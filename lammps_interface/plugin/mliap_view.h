@@ -16,14 +16,19 @@ struct MLIAPView {
   // fixed when the pair style is created
   int32_t lammps_version;    // 20250722
   int32_t rank, nranks;
-  int32_t ranks_on_node;
+  int32_t ranks_on_node, node_rank;
   int32_t owns_process;    // 1 where this plugin started Python inside lmp
+  int32_t mpi_gpu_aware;    // 1 yes, 0 no, -1 the MPI library does not say
+  const char *mpi_library;
   const char *units;
   void *pair;    // handed back to the callbacks
 
   // answered by Python when the model is loaded
   double rcut;           // largest distance between interacting atoms, LAMMPS length unit
   int32_t comm_width;    // largest number of features per atom in one exchange; 0: no exchange
+  int32_t centroid;      // 1: the model knows its centroid virials
+  int32_t n_models;      // members of a committee; 1 for a single model
+  int32_t ghostneigh;    // read: 1 where the script asks for neighbours of ghosts
   char info[512];        // one line for the log: which model, on what
 
   // pair_coeff: Python fills type_map[0 .. ntypes-1] with element indices, -1 for NULL
@@ -36,7 +41,10 @@ struct MLIAPView {
   int64_t list_count;          // grows by one each time the pair list below was rebuilt
   int64_t step;
   int64_t n_pair;              // pairs of the list, skin included
+  int32_t want_std;            // 1: force_std and energy_std are asked for
+  int32_t want_centroid;       // 1: cvatom is asked for, on every rank
   const double *x;             // (ntotal, 3)
+  const int32_t *tag;          // (ntotal,) global ids; null where the atoms have none
   const int32_t *elems;        // (ntotal,) element index, -1 for NULL types
   const int32_t *ilist;        // (nlist,)
   const int32_t *row_ptr;      // (nlist + 1,)
@@ -48,6 +56,9 @@ struct MLIAPView {
   double energy;
   double virial[6];    // xx yy zz xy xz yz, zero at the start
   double *vatom;       // (ntotal, 6), added to; null unless per-atom virials are wanted
+  double *cvatom;      // (ntotal, 9) xx yy zz xy xz yz yx zx zy, added to; null unless wanted
+  double *force_std, *energy_std;    // (nlocal,), zero at the start; null unless want_std
+  char header[160], row[160];    // after the first step: one row of the table of ranks
 
   // pairs inside the cutoff, for objects that ask for LAMMPS's own arrays (inside_pairs)
   int64_t n_inside;

@@ -1,5 +1,6 @@
 // Implements pair_mliap_py.h: settings, time step, results. What Python calls back for is in
-// callbacks.cpp, the feature exchange in exchange.cpp.
+// callbacks.cpp, the feature exchange in exchange.cpp, the table of ranks and what fix pair reads in
+// report.cpp.
 
 #include "pair_mliap_py.h"
 
@@ -16,13 +17,15 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <dlfcn.h>
 #include <thread>
 
 using namespace LAMMPS_NS;
 
 PairMLIAPPy::PairMLIAPPy(LAMMPS *lmp) :
-    Pair(lmp), view(), rows_of(nullptr), inside_known(false), rows(nullptr), row_bytes(0),
-    n_bytes(0), item_bytes(0), n_slots(0)
+    Pair(lmp), view(), ranks_printed(false), rows_of(nullptr), force_std_flag(0),
+    energy_std_flag(0), std_asked(false), std_flagged(false), inside_known(false), rows(nullptr),
+    row_bytes(0), n_bytes(0), item_bytes(0), n_slots(0)
 {
   single_enable = 0;
   restartinfo = 0;
@@ -102,14 +105,20 @@ void PairMLIAPPy::settings(int narg, char **arg)
     error->all(FLERR, "pair_style mliap/py takes: unified FILE; for other kinds of mliap models "
                       "use pair_style mliap without the suffix py");
   if (narg > 3) error->all(FLERR, "pair_style mliap/py unified FILE: unexpected '{}'", arg[3]);
-  if (narg == 3 && utils::logical(FLERR, arg[2], false, lmp))
-    error->all(FLERR, "pair_style mliap/py does not support ghostneigh 1; use 0, features of "
-                      "ghost atoms are exchanged between the ranks instead");
+  view.ghostneigh = narg == 3 && utils::logical(FLERR, arg[2], false, lmp);
 
   MPI_Comm node;
   MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
   MPI_Comm_size(node, &view.ranks_on_node);
+  MPI_Comm_rank(node, &view.node_rank);
   MPI_Comm_free(&node);
+  char text[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length;
+  MPI_Get_library_version(text, &length);
+  mpi_library = std::string(text, std::min<size_t>(strcspn(text, "\r\n"), 60));
+  view.mpi_library = mpi_library.c_str();
+  auto gpu_aware = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "MPIX_Query_cuda_support"));
+  view.mpi_gpu_aware = gpu_aware ? gpu_aware() : -1;
   view.units = update->unit_style;
   together([&] {
     mdp::start_python();
@@ -121,6 +130,8 @@ void PairMLIAPPy::settings(int narg, char **arg)
 
   // LAMMPS sizes its communication buffers from these when it initialises
   comm_forward = comm_reverse = view.comm_width;
+  centroidstressflag = view.centroid ? CENTROID_AVAIL : CENTROID_NOTAVAIL;
+  ranks_printed = false;
 }
 
 void PairMLIAPPy::coeff(int narg, char **arg)
@@ -231,9 +242,17 @@ void PairMLIAPPy::fill_view(int eflag, int vflag)
   view.eflag = eflag;
   view.vflag = vflag;
   view.step = update->ntimestep;
+  view.want_std = force_std_flag || energy_std_flag || (std_asked && !std_flagged);
+  if (view.want_std) {
+    force_std.assign(atom->nlocal, 0.0);
+    energy_std.assign(atom->nlocal, 0.0);
+  }
+  view.force_std = view.want_std ? force_std.data() : nullptr;
+  view.energy_std = view.want_std ? energy_std.data() : nullptr;
   view.n_pair = static_cast<int64_t>(sender.size());
   view.x = ntotal ? atom->x[0] : nullptr;
   view.f = ntotal ? atom->f[0] : nullptr;
+  view.tag = atom->tag_enable ? atom->tag : nullptr;
   view.elems = elems.data();
   view.ilist = list->ilist;
   view.row_ptr = row_ptr.data();
@@ -242,6 +261,8 @@ void PairMLIAPPy::fill_view(int eflag, int vflag)
   view.energy = 0.0;
   std::fill(view.virial, view.virial + 6, 0.0);
   view.vatom = (vflag_atom && ntotal) ? vatom[0] : nullptr;
+  view.want_centroid = cvflag_atom;
+  view.cvatom = (cvflag_atom && ntotal) ? cvatom[0] : nullptr;
   view.n_inside = 0;
 }
 
@@ -255,6 +276,7 @@ void PairMLIAPPy::compute(int eflag, int vflag)
     stop(e.what());
   }
   tally();
+  if (!ranks_printed) print_ranks();
 }
 
 void PairMLIAPPy::tally()

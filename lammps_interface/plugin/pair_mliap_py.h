@@ -31,6 +31,8 @@ class PairMLIAPPy : public Pair {
   double init_one(int, int) override;
   void compute(int, int) override;
   double memory_usage() override;
+  void *extract(const char *, int &) override;
+  void *extract_peratom(const char *, int &) override;
 
   int pack_forward_comm(int, int *, double *, int, int *) override;
   void unpack_forward_comm(int, int, double *) override;
@@ -44,6 +46,7 @@ class PairMLIAPPy : public Pair {
   void rebuild_rows();
   void fill_view(int, int);
   void tally();
+  void print_ranks();
   void together(const std::function<void()> &);
   [[noreturn]] void stop(const std::string &);
 
@@ -55,11 +58,17 @@ class PairMLIAPPy : public Pair {
 
   MLIAPView view;
   mdp::Object session;
-  std::string error_text;
+  std::string error_text, mpi_library;
+  bool ranks_printed;
 
   class NeighList *rows_of;    // the list that the rows below were copied from
   std::vector<int> row_ptr, sender, elems, type_map;
   std::vector<double> eatoms;
+
+  // spread of a committee, for fix pair
+  std::vector<double> force_std, energy_std;
+  int force_std_flag, energy_std_flag;    // set by fix pair before the steps that it reads
+  bool std_asked, std_flagged;
 
   std::vector<int> inside_row, inside_i, inside_j, numneighs;
   std::vector<double> inside_rij;

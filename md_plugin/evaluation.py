@@ -1,0 +1,112 @@
+"""Evaluation: what a potential says about structures, and the sums over pairs that follow from it.
+
+    F_i      = sum_{p: receiver i} g_p - sum_{p: sender i} g_p          g_p = dE / d r_ij(p)
+    W        = - sum_p r_p (x) g_p          virial;  stress = -W / volume in ASE's sign
+    W_k      = - half of each pair's r_p (x) g_p to each of its atoms   atom_virial
+    W_k      = sum_{p: sender k} (D_p - r_p (x) g_p) - sum_{p: receiver k} D_p
+                                                                        centroid_virial
+    D_p,ab   = sum_i (x_i - x_receiver(p))_a dE_i / d r_p,b             pair_moment
+
+With one interaction layer an atom's energy depends on its own row alone, and D vanishes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from md_plugin.pairs import Pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a potential says about one or many structures.
+
+    Sums over pairs are taken when they are first asked for: an engine that adds up forces itself
+    pays for `pair_gradient` alone.
+
+    Attributes:
+        energy: (n_structures,) float64, eV.
+        atom_energy: (n_recv,) float64, eV.
+        pair_gradient: (n_pair, 3) dE/dr_ij, eV/Å; None where forces were not asked for.
+        pairs: the pairs that were evaluated.
+        r_ij: (n_pair, 3) Å, in the geometry's dtype.
+        structure: (n_recv,) structure of each atom; None for one structure.
+        pair_moment: (n_pair, 3, 3) eV, sum_i (x_i - x_receiver)_a dE_i/dr_p,b; None where it was
+            not asked for.
+        members: what each member of a committee says; empty for a single model.
+    """
+
+    energy: Tensor
+    atom_energy: Tensor
+    pair_gradient: Tensor | None
+    pairs: Pairs
+    r_ij: Tensor
+    structure: Tensor | None = None
+    pair_moment: Tensor | None = None
+    members: tuple[Evaluation, ...] = ()
+
+    @cached_property
+    def forces(self) -> Tensor | None:
+        """(n_send, 3) eV/Å; rows of ghosts are to be added to their owners. Or None."""
+        if self.pair_gradient is None:
+            return None
+        return pair_forces_to_atoms(self.pair_gradient, self.pairs)
+
+    @cached_property
+    def virial(self) -> Tensor | None:
+        """(n_structures, 3, 3) eV, -sum_p r_p (x) g_p. Or None."""
+        if self.pair_gradient is None:
+            return None
+        if self.structure is None:
+            return -(self.r_ij.T @ self.pair_gradient)[None]
+        terms = -(self.r_ij[:, :, None] * self.pair_gradient[:, None, :])
+        structure = self.structure[self.pairs.receiver]
+        return segment_sum(terms, structure, self.energy.numel())
+
+    @cached_property
+    def atom_virial(self) -> Tensor | None:
+        """(n_send, 3, 3) eV: half of each pair's -r (x) g to each of its atoms. Or None."""
+        if self.pair_gradient is None:
+            return None
+        half = (-0.5 * self.r_ij[:, :, None] * self.pair_gradient[:, None, :]).flatten(1)
+        atoms = half.new_zeros(self.pairs.n_send, 9).index_add(0, self.pairs.receiver, half)
+        return atoms.index_add(0, self.pairs.sender_long, half).reshape(-1, 3, 3)
+
+    @cached_property
+    def centroid_virial(self) -> Tensor | None:
+        """(n_send, 3, 3) eV, the virial by which heat flows. Or None.
+
+        W_k,ab multiplies the velocity v_k,b in the potential part of the heat flux
+
+            J_a = sum_i sum_k (x_i - x_k)_a (dE_i/dx_k . v_k) = sum_k sum_b W_k,ab v_k,b
+
+        (Fan et al., Phys. Rev. B 92, 094301 (2015), eq. 23, for many-body potentials; for energies
+        of atoms that also depend on pairs of other receivers, as with several interaction
+        layers, Langer et al., J. Chem. Phys. 159, 174105 (2023)). Sums to the virial.
+        """
+        if self.pair_gradient is None or self.pair_moment is None:
+            return None
+        away = self.r_ij[:, :, None] * self.pair_gradient[:, None, :]
+        moment = self.pair_moment
+        atoms = away.new_zeros(self.pairs.n_send, 9)
+        atoms.index_add_(0, self.pairs.sender_long, (moment - away).flatten(1))
+        atoms.index_add_(0, self.pairs.receiver, moment.flatten(1), alpha=-1)
+        return atoms.reshape(-1, 3, 3)
+
+
+def segment_sum(values: Tensor, segment: Tensor | None, n_segments: int) -> Tensor:
+    """Sum rows (n, ...) by segment -> (n_segments, ...)."""
+    if segment is None:
+        return values.sum(dim=0, keepdim=True)
+    return values.new_zeros(n_segments, *values.shape[1:]).index_add(0, segment, values)
+
+
+def pair_forces_to_atoms(gradient: Tensor, pairs: Pairs) -> Tensor:
+    """dE/dr_ij (n_pair, 3) -> forces (n_send, 3): + on the receiver, - on the sender."""
+    forces = gradient.new_zeros(pairs.n_send, 3)
+    return forces.index_add(0, pairs.receiver, gradient).index_add(
+        0, pairs.sender_long, gradient, alpha=-1
+    )
