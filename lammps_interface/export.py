@@ -37,11 +37,9 @@ def export_mliap(
     path = Path(output)
     if path.suffix not in (".pt", ".pth"):
         raise ValueError(f"the output must end in .pt or .pth for LAMMPS to read it, got {path}")
-    models = list(model) if isinstance(model, list | tuple) else [model]
-    members = [load_model(each, device="cpu", dtype="float64") for each in models]
-    members = [m for each in members for m in getattr(each, "members", (each,))]
+    potential = load_model(model, device="cpu", dtype="float64")
     unified = HipnnMLIAP(
-        [model_bytes(member) for member in members],
+        [model_bytes(member) for member in getattr(potential, "members", (potential,))],
         dtype=dtype,
         device=device,
         backend=None if backend == "auto" else backend,

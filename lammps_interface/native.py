@@ -143,7 +143,7 @@ class Native:
         """How far from a rank's own region ghosts are known; None if it cannot be asked for."""
         if not hasattr(self.library, _COMM_CUTOFF):
             return None
-        function = getattr(self.library, _COMM_CUTOFF)
+        function: Any = getattr(self.library, _COMM_CUTOFF)
         function.restype = c_double
         cutoff: float = function(c_void_p(_read(self.handle, _DOMAIN)[_COMM]))
         return cutoff

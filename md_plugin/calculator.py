@@ -18,6 +18,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from md_plugin.checkpoint import load_model
+from md_plugin.committee import energy_std, force_std
 from md_plugin.evaluation import Evaluation
 from md_plugin.neighbours import NeighbourList
 from md_plugin.pairs import Pairs
@@ -29,7 +30,9 @@ class HipnnCalculator(Calculator):
 
     Args:
         model: path of a `.hipnn` file, name of a bundled model ("ta"), or a loaded `Potential`
-            (then device, dtype and backend are those of the potential).
+            (then device, dtype and backend are those of the potential). A list of these is a
+            committee: its means are the results, and its spread is in `results["energies_std"]`
+            and `results["forces_std"]`, (n_atoms,), see `md_plugin.committee`.
         device: "auto" takes CUDA if there is one.
         dtype: "mixed" (float64 geometry and sums, float32 network), "float64" or "float32".
         backend: kernels; None and "auto" choose by themselves.
@@ -53,7 +56,7 @@ class HipnnCalculator(Calculator):
 
     def __init__(
         self,
-        model: str | Path | Potential,
+        model: str | Path | Potential | Sequence[str | Path | Potential],
         *,
         device: str | torch.device = "auto",
         dtype: str = "mixed",
@@ -98,6 +101,8 @@ class HipnnCalculator(Calculator):
                 # Symmetric by rotational invariance; the mean removes the rounding.
                 stress = -0.5 * (virial + virial.T) / atoms.cell.volume
                 self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
+        if result.members:
+            self.results |= _spread(result)
         if "stresses" in properties:
             assert result.atom_virial is not None
             virials = result.atom_virial.double()
@@ -122,6 +127,16 @@ class HipnnCalculator(Calculator):
 
     def __repr__(self) -> str:
         return f"HipnnCalculator({self.potential!r}, skin={self.neighbours.skin})"
+
+
+def _spread(result: Evaluation) -> dict[str, np.ndarray]:
+    """How far the members of a committee are apart, (n_atoms,) each, eV and eV/Å."""
+    energies = torch.stack([member.atom_energy for member in result.members])
+    spread = {"energies_std": energy_std(energies).cpu().numpy()}
+    forces = [member.forces for member in result.members if member.forces is not None]
+    if forces:
+        spread["forces_std"] = force_std(torch.stack(forces).double()).cpu().numpy()
+    return spread
 
 
 def _check_finite(result: Evaluation) -> None:

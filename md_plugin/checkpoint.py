@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from md_plugin.committee import Committee
 from md_plugin.model.hipnn import Hipnn, HipnnConfig
 from md_plugin.potential import Potential
 
@@ -73,26 +74,32 @@ def model_bytes(model: Potential | Hipnn, info: Mapping[str, Any] | None = None)
 
 
 def load_model(
-    source: str | Path | Potential,
+    source: str | Path | Potential | Sequence[str | Path | Potential],
     *,
     device: str | torch.device = "auto",
     dtype: str = "mixed",
     backend: str | None = None,
 ) -> Potential:
-    """Load a potential.
+    """Load a potential, or several as a committee.
 
     Args:
         source: path of a `.hipnn` file, name of a bundled model (see `bundled_models`), or a
-            loaded potential, which is returned as it is.
+            loaded potential, which is returned as it is; or a list of these, which become a
+            `Committee`.
         device: "auto", "cpu", "cuda", "cuda:1" ...
         dtype: "mixed" (float64 geometry, float32 network), "float64" or "float32".
         backend: kernels; see `md_plugin.kernels.registry` for how None is resolved.
 
     Raises:
         CheckpointError: missing, truncated, changed, or of a newer format.
+        ValueError: the models of a committee do not fit together.
     """
     if isinstance(source, Potential):
         return source
+    if isinstance(source, list | tuple):
+        members = [load_model(s, device=device, dtype=dtype, backend=backend) for s in source]
+        return members[0] if len(members) == 1 else Committee(members)
+    assert isinstance(source, str | Path)
     path, data = _read(source)
     return load_model_bytes(data, name=str(path), device=device, dtype=dtype, backend=backend)
 

@@ -31,8 +31,8 @@ FLOORS = {
         "kernels.cupy_gpu",
     ),
     2: ("kernels", "kernels.closure", "kernels.registry"),
-    3: ("model", "model.radial", "model.interaction", "model.hipnn", "neighbours"),
-    4: ("potential",),
+    3: ("model", "model.radial", "model.interaction", "model.hipnn", "neighbours", "evaluation"),
+    4: ("potential", "committee"),
     5: ("checkpoint", "hippynn_import"),
     6: (
         "calculator",

@@ -36,17 +36,17 @@ write_dump all custom dump.final id type x y z fx fy fz c_ea c_sa[*] &
 """
 
 
-def make_potential(dtype="float64", n_interactions=2, order=0):
-    torch.manual_seed(11)
+def make_potential(dtype="float64", n_interactions=2, order=0, rcut=4.6, seed=11):
+    torch.manual_seed(seed)
     config = HipnnConfig(
         species=(73, 74),
         n_feat=7,
         n_nu=5,
         n_interactions=n_interactions,
         n_atom_layers=1,
-        rcut=4.6,
+        rcut=rcut,
         r_min=2.0,
-        r_max=4.2,
+        r_max=rcut - 0.4,
         order=order,
         reference_energies=(-3.0, -4.5),
     )
