@@ -84,17 +84,20 @@ def _exchange(exchange: Any, full: Tensor) -> None:
         torch.cuda.synchronize(full.device)
 
 
-def check_exchange(data: Any, device: torch.device, width: int) -> None:
+def check_exchange(data: Any, device: torch.device, width: int) -> int:
     """Sends a known tensor through LAMMPS's exchange, both ways. Every rank calls it.
 
     Forward, ghosts must receive what LAMMPS knows of them anyway: their global ids, or their
     elements where atoms have no ids. Back, an owner receives as many copies of its own value as
-    it receives ones.
+    it receives ones; summed over all ranks, these are the local and ghost atoms of all ranks.
 
     Args:
         data: LAMMPS's data object.
         device: where LAMMPS's arrays live.
         width: features per atom, float64.
+
+    Returns:
+        How many ones have arrived on this rank, its own included.
 
     Raises:
         RuntimeError: the exchange delivers something else.
@@ -120,3 +123,4 @@ def check_exchange(data: Any, device: torch.device, width: int) -> None:
             "LAMMPS's exchange of features is broken here: what ghosts send back does not arrive "
             "at their owners (md-plugin doctor)"
         )
+    return int(copies[:, 0].sum())

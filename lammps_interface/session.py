@@ -127,7 +127,8 @@ class Session:
 
         view, exchange = self._view, "none"
         if view.comm_width > 0:
-            check_exchange(self.data, torch.device("cpu"), view.comm_width)
+            arrived = check_exchange(self.data, torch.device("cpu"), view.comm_width)
+            view.exchange_missing = self.data.ntotal - arrived
             exchange = "checked"
         device, backend, dtype = getattr(self.unified, "describe", lambda: ("-", "-", "-"))()
         mpi = (view.mpi_library or b"").decode(errors="replace"), view.mpi_gpu_aware

@@ -65,6 +65,7 @@ class View(ctypes.Structure):
         ("cvatom", c_void_p),
         ("force_std", c_void_p),
         ("energy_std", c_void_p),
+        ("exchange_missing", c_int64),
         ("header", ctypes.c_char * 160),
         ("row", ctypes.c_char * 160),
         ("n_inside", c_int64),

@@ -115,6 +115,13 @@ class Faulty(Base):
         data.forward_exchange(rows, np.zeros_like(rows), 4)
 
 
+class Lossy(Base):
+    """As if one ghost of this rank had not reached its owner in the check of the exchange."""
+
+    def compute_forces(self, data):
+        self.interface._view.exchange_missing = 1
+
+
 class Where(Base):
     """Tells which Python runs and on how many threads."""
 

@@ -12,7 +12,7 @@ import torch
 from lammps_helpers import LIMIT, dump_object, environment, launch, lmp, needs_lammps, write_crystal
 from lammps_objects import LJ
 
-from lammps_interface import build, entry, faults, host, session
+from lammps_interface import build, entry, host, session
 
 pytestmark = needs_lammps
 
@@ -221,22 +221,6 @@ def test_no_mpi_library(tmp_path, monkeypatch):
 
 def _no_library(*_):
     raise OSError
-
-
-def test_table_of_known_faults(monkeypatch):
-    faults.check(faults.PLUGIN, 3)
-    faults.check(faults.PLAIN, 0)
-    with pytest.raises(ValueError, match="lmp -sf py"):
-        faults.check(faults.PLAIN, 1)
-    with pytest.raises(ValueError, match="overruns its buffers"):
-        faults.check(faults.KOKKOS_HOST, 1)
-    with pytest.raises(ValueError, match="ghostneigh is not needed"):
-        faults.check(faults.PLUGIN, 0, ghostneigh=True)
-    monkeypatch.setattr(faults, "installed_version", lambda: 20250722)
-    with pytest.raises(ValueError, match="use 15 Dec 2025 or later"):
-        faults.check(faults.KOKKOS, 1)
-    monkeypatch.setattr(faults, "installed_version", lambda: 20260704)
-    faults.check(faults.KOKKOS, 1)
 
 
 def test_threads_are_shared_between_ranks(monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from lammps_helpers import dump_object, environment, launch, lmp, needs_lammps, write_crystal
-from lammps_objects import LJ, Faulty, Foreign
+from lammps_objects import LJ, Faulty, Foreign, Lossy
 
 from lammps_interface import export_mliap
 from lammps_interface.mliap import HipnnMLIAP
@@ -185,6 +185,12 @@ def test_bonded_neighbours_outside_the_list(tmp_path):
 def test_fault_on_one_rank_while_the_other_exchanges(tmp_path, fault, text):
     dump_object(tmp_path, Faulty(["Ar", "Kr"], 8.0, fault=fault, rank=1))
     assert_ends(run_script(tmp_path), text, "ERROR on proc 1")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ghosts_lost_in_the_exchange(tmp_path, ranks):
+    dump_object(tmp_path, Lossy(["Ar", "Kr"], 8.0))
+    assert_ends(run_script(tmp_path, ranks), f"what {ranks} ghost atoms send back does not arrive")
 
 
 def test_exchange_without_width(tmp_path):

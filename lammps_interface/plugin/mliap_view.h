@@ -58,6 +58,7 @@ struct MLIAPView {
   double *vatom;       // (ntotal, 6), added to; null unless per-atom virials are wanted
   double *cvatom;      // (ntotal, 9) xx yy zz xy xz yz yx zx zy, added to; null unless wanted
   double *force_std, *energy_std;    // (nlocal,), zero at the start; null unless want_std
+  int64_t exchange_missing;      // after the first step: sums to 0 over all ranks, or ghosts are lost
   char header[160], row[160];    // after the first step: one row of the table of ranks
 
   // pairs inside the cutoff, for objects that ask for LAMMPS's own arrays (inside_pairs)

@@ -4,6 +4,7 @@
 #include "pair_mliap_py.h"
 
 #include "comm.h"
+#include "error.h"
 
 #include <algorithm>
 #include <cstring>
@@ -15,6 +16,11 @@ using namespace LAMMPS_NS;
 void PairMLIAPPy::print_ranks()
 {
   ranks_printed = true;
+  int64_t missing = 0;
+  MPI_Allreduce(&view.exchange_missing, &missing, 1, MPI_INT64_T, MPI_SUM, world);
+  if (missing != 0)
+    error->all(FLERR, "pair_style mliap/py: what {} ghost atoms send back does not arrive at their "
+                      "owners; check with: md-plugin doctor", missing);
   constexpr int shown = 64;
   const int length = static_cast<int>(sizeof(view.row));
   std::vector<char> all(comm->me == 0 ? static_cast<size_t>(comm->nprocs) * length : 1);
