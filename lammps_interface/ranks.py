@@ -79,7 +79,7 @@ def row(
 ) -> str:
     """This rank's row under HEADER; `mpi` is the library's name and whether it is GPU-aware."""
     threads = os.environ.get("OMP_NUM_THREADS", "-").split(",")[0]
-    library = f"{mpi[0][:40]} ({GPU_AWARE[mpi[1]]})"
+    library = f"{' '.join(mpi[0].split())[:40]} ({GPU_AWARE[mpi[1]]})"
     host = socket.gethostname().split(".")[0][:16]
     return (
         f"{rank:>5} {host:<16} {device[:22]:<22} {backend:<8} {dtype:<8} {threads:>7} "

@@ -52,6 +52,7 @@ class View(ctypes.Structure):
         ("want_std", c_int32),
         ("want_centroid", c_int32),
         ("x", c_void_p),
+        ("tag_bytes", c_int32),
         ("tag", c_void_p),
         ("elems", c_void_p),
         ("ilist", c_void_p),

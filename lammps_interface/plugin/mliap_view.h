@@ -44,7 +44,8 @@ struct MLIAPView {
   int32_t want_std;            // 1: force_std and energy_std are asked for
   int32_t want_centroid;       // 1: cvatom is asked for, on every rank
   const double *x;             // (ntotal, 3)
-  const int32_t *tag;          // (ntotal,) global ids; null where the atoms have none
+  int32_t tag_bytes;           // of one tag, 4 or 8
+  const void *tag;             // (ntotal,) global ids; null where the atoms have none
   const int32_t *elems;        // (ntotal,) element index, -1 for NULL types
   const int32_t *ilist;        // (nlist,)
   const int32_t *row_ptr;      // (nlist + 1,)

@@ -252,6 +252,7 @@ void PairMLIAPPy::fill_view(int eflag, int vflag)
   view.n_pair = static_cast<int64_t>(sender.size());
   view.x = ntotal ? atom->x[0] : nullptr;
   view.f = ntotal ? atom->f[0] : nullptr;
+  view.tag_bytes = sizeof(tagint);
   view.tag = atom->tag_enable ? atom->tag : nullptr;
   view.elems = elems.data();
   view.ilist = list->ilist;

@@ -37,6 +37,11 @@ static void *create_pair(void *ptr)
                     "remove its folder from LAMMPS_PLUGIN_PATH and start LAMMPS again, the "
                     "plugin is then compiled for this version",
                     MDP_LAMMPS_VERSION, version);
+  if (lammps_extract_setting(ptr, "tagint") != sizeof(tagint))
+    lmp->error->all(FLERR,
+                    "pair_style mliap/py was compiled for atom ids of {} bytes but this LAMMPS has "
+                    "{}: md-plugin lammps plugin {}", sizeof(tagint),
+                    lammps_extract_setting(ptr, "tagint"), sizeof(tagint) == 4 ? "--bigbig" : "");
   return new PairMLIAPPy(lmp);
 }
 
