@@ -1,4 +1,4 @@
-"""What `md-plugin doctor` asks in processes of their own: `python -m lammps_interface.doctor_child`.
+"""What `md-plugin doctor` asks in a process of its own: `python -m lammps_interface.doctor_child`.
 
 A package that is broken may end the process that imports it, or never come back; in a child this
 is one line of the report. The answer is JSON behind `MARK`, on a line of standard output.
@@ -72,6 +72,13 @@ def ask_mpi4py() -> dict[str, Any]:
     path = _loaded("libmpi")
     aware = _gpu_aware(ctypes.CDLL(path)) if path else "not known: no libmpi in this process"
     return {"path": path, "library": MPI.Get_library_version(), "gpu_aware": aware}
+
+
+def ask_ranks() -> dict[str, Any]:
+    """Started by mpiexec: how many ranks there are."""
+    from mpi4py import MPI
+
+    return {"ranks": MPI.COMM_WORLD.size}
 
 
 def ask_wheel() -> dict[str, Any]:
@@ -152,6 +159,7 @@ QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "torch": ask_torch,
     "ase": ask_ase,
     "mpi4py": ask_mpi4py,
+    "ranks": ask_ranks,
     "wheel": ask_wheel,
     "plugin": ask_plugin,
     "lammps": ask_lammps,

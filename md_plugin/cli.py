@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     export = commands.add_parser("export", help="write the file that pair_style mliap reads")
-    export.add_argument("model", help=".hipnn file or name of a bundled model")
+    export.add_argument(
+        "model", nargs="+", help=".hipnn file or bundled model; several act as a committee"
+    )
     export.add_argument("-o", "--output", type=Path, required=True, help="e.g. model.pt")
     export.add_argument("--dtype", default="mixed", choices=("mixed", "float64", "float32"))
     export.add_argument("--device", default="auto")
@@ -83,8 +85,60 @@ def _parser() -> argparse.ArgumentParser:
     backends = commands.add_parser("backends", help="kernels that are available, and why not")
     backends.set_defaults(command=_backends)
 
+    _add_checks(commands)
+    _add_lammps(commands)
     commands.add_parser("lmp", help="run LAMMPS inside this Python: md-plugin lmp -in in.script")
     return parser
+
+
+def _add_checks(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="what works on this machine, and why not")
+    doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    doctor.add_argument("--no-run", action="store_true", help="start no other programs")
+    doctor.set_defaults(command=_doctor)
+
+    validate = commands.add_parser("validate", help="compare a LAMMPS with Python")
+    validate.add_argument("model", help=".hipnn file, name of a bundled model, or exported .pt")
+    validate.add_argument("--lmp", type=Path, help="LAMMPS program; default: this environment's")
+    validate.add_argument("-np", type=int, default=1, dest="ranks", help="MPI ranks")
+    validate.add_argument("--suffix", choices=("py", "kk", "none"), help="default: by its packages")
+    validate.add_argument("--dtype", choices=("float64", "mixed", "float32"))
+    validate.add_argument("--mpiexec", type=Path, help="default: the one beside lmp, then on PATH")
+    validate.add_argument("--keep", type=Path, help="folder for scripts, data and output")
+    validate.add_argument("--limit", type=float, default=300.0, help="s, for one structure")
+    validate.set_defaults(command=_validate)
+
+
+def _add_lammps(commands: Any) -> None:
+    lammps = commands.add_parser("lammps", help="build LAMMPS with ML-IAP and Python")
+    actions = lammps.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    build = actions.add_parser(
+        "build", help="compile, check and keep a LAMMPS; see docs/lammps_build.md"
+    )
+    build.add_argument(
+        "source", nargs="?", type=Path, help="source tree or tarball; default: Debian's package"
+    )
+    build.add_argument(
+        "--version", help="Debian suite (trixie) or version (20250204); default: the newest"
+    )
+    build.add_argument("--kokkos", type=Path, metavar="PATH", help="Kokkos source or installation")
+    build.add_argument("--no-kokkos", action="store_true", help="also if the source has Kokkos")
+    build.add_argument(
+        *("-D", "--define"), action="append", default=[], metavar="NAME=VALUE", help="for cmake"
+    )
+    build.add_argument("-j", "--jobs", type=int, default=0, help="default: one for each core")
+    build.add_argument("--force", action="store_true", help="build again")
+    build.add_argument("--keep-source", action="store_true", help="keep source and object files")
+    build.add_argument("--no-harness", action="store_true", help="without LAMMPS's pair tester")
+    build.set_defaults(command=_lammps_build)
+
+    plugin = actions.add_parser("plugin", help="compile pair_style mliap/py for another LAMMPS")
+    plugin.add_argument(
+        "source", nargs="?", type=Path, help="its source tree; default: that of lammps build"
+    )
+    plugin.add_argument("--mpi", type=Path, help="folder of its mpi.h; default: MPICH's")
+    plugin.add_argument("--bigbig", action="store_true", help="it has 64-bit atom ids")
+    plugin.set_defaults(command=_lammps_plugin)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -146,6 +200,53 @@ def _backends(args: argparse.Namespace) -> None:
 
     for name, reason in list_backends().items():
         _say(f"{name:8s}{'available' if not reason else 'absent: ' + reason}")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from lammps_interface.doctor import run_doctor
+
+    return run_doctor(as_json=args.json, start=not args.no_run)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from lammps_interface.validate import run_validate
+    from lammps_interface.validate_lammps import Settings
+
+    names = ("lmp", "ranks", "suffix", "dtype", "mpiexec", "limit")
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    return run_validate(args.model, settings, keep=args.keep)
+
+
+def _lammps_build(args: argparse.Namespace) -> None:
+    from lammps_interface.lammps_build import BuildOptions, build_lammps
+
+    built = build_lammps(
+        BuildOptions(
+            source=args.source,
+            wanted=args.version,
+            kokkos=args.kokkos,
+            no_kokkos=args.no_kokkos,
+            defines=tuple(args.define),
+            jobs=args.jobs,
+            force=args.force,
+            keep_source=args.keep_source,
+            harness=not args.no_harness,
+        )
+    )
+    _say(built.summary)
+
+
+def _lammps_plugin(args: argparse.Namespace) -> None:
+    from lammps_interface.build import ensure_plugin
+    from lammps_interface.lammps_plugin import target_of
+
+    target = target_of(args.source, args.mpi, bigbig=args.bigbig)
+    folder = ensure_plugin(target)
+    _say(
+        f"pair_style mliap/py for LAMMPS {target.version}, which needs the package PLUGIN:\n"
+        f"    export LAMMPS_PLUGIN_PATH={folder}\n"
+        "    lmp -sf py -in in.script"
+    )
 
 
 def _say(text: str) -> None:
