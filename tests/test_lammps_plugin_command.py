@@ -57,7 +57,7 @@ def test_bad_input(tree, tmp_path, monkeypatch, capsys):
     with pytest.raises(BuildError, match="does not tell LAMMPS's version"):
         target_of(folder)
     monkeypatch.setattr(lammps_build, "find_built", lambda kokkos=False: None)
-    with pytest.raises(BuildError, match="no LAMMPS has been built here.*md-plugin lammps build"):
+    with pytest.raises(BuildError, match=r"no LAMMPS has been built here.*md-plugin lammps build"):
         target_of()
     assert main(["lammps", "plugin", str(tmp_path)]) == 2
     assert "holds no headers" in capsys.readouterr().err
