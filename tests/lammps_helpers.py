@@ -114,6 +114,20 @@ def lmp(folder, ranks=1, name="in.lmp", suffix=True, env=None):
     return launch([BIN / "lmp", "-log", "none", *options, "-in", name], folder, ranks, env)
 
 
+def tables(output):
+    """All thermo tables of a run's output, one array (rows, columns) for each `run`."""
+    found, rows = [], None
+    for line in output.splitlines():
+        if line.split()[:1] == ["Step"]:
+            rows = []
+        elif line.startswith("Loop time") and rows is not None:
+            found.append(np.array(rows))
+            rows = None
+        elif rows is not None and line.split()[0].isdigit():
+            rows.append([float(word) for word in line.split()])
+    return found
+
+
 def results(process, folder):
     """Thermo table (rows, columns) and final per-atom dump of a successful run."""
     assert process.returncode == 0, process.stdout

@@ -130,3 +130,19 @@ class Where(Base):
 
         sys.stdout.write(f"\nprefix {sys.prefix} threads {os.environ['OMP_NUM_THREADS']}\n")
         assert "mpi4py" not in sys.modules
+
+
+class Mixture(Base):
+    """Lennard-Jones with its own numbers for each pair of elements: types must arrive right."""
+
+    epsilon = ((0.0103, 0.0118), (0.0118, 0.014))
+    sigma = ((3.405, 3.52), (3.52, 3.65))
+
+    def compute_forces(self, data):
+        kinds = data.elems[data.pair_i], data.jelems
+        epsilon, sigma = np.array(self.epsilon)[kinds], np.array(self.sigma)[kinds]
+        r2 = np.sum(data.rij**2, axis=1)
+        s6 = sigma**6 / r2**3
+        data.update_pair_energy(4 * epsilon * s6 * (s6 - 1))
+        scale = 0.5 * 4 * epsilon * s6 * (6 - 12 * s6) / r2
+        data.update_pair_forces(scale[:, None] * data.rij)
