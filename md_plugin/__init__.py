@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Committee": "md_plugin.committee",
     "HipnnCalculator": "md_plugin.calculator",
     "Hipnn": "md_plugin.model.hipnn",
     "HipnnConfig": "md_plugin.model.hipnn",
@@ -25,6 +26,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Committee",
     "Hipnn",
     "HipnnCalculator",
     "HipnnConfig",
@@ -43,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from md_plugin.calculator import HipnnCalculator
     from md_plugin.checkpoint import load_model, save_model
+    from md_plugin.committee import Committee
     from md_plugin.kernels import get_backend, list_backends, use_backend
     from md_plugin.model.hipnn import Hipnn, HipnnConfig
     from md_plugin.neighbours import Structure, neighbour_pairs

@@ -55,9 +55,11 @@ def save_model(
 
 
 def model_bytes(model: Potential | Hipnn, info: Mapping[str, Any] | None = None) -> bytes:
-    """The content of a `.hipnn` file."""
+    """The content of a `.hipnn` file, which holds one model."""
     from safetensors.torch import save
 
+    if isinstance(model, Committee):
+        raise ValueError("a .hipnn file holds one model: save the members of a committee each")
     network = model.model if isinstance(model, Potential) else model
     merged = {**(model.info if isinstance(model, Potential) else {}), **(info or {})}
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}

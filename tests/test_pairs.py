@@ -138,6 +138,7 @@ def test_index_halo_and_its_adjoint(problem):
     for g, i in enumerate(owner):
         want[i] += y[n_recv + g]
     torch.testing.assert_close(back, want)
+    torch.testing.assert_close(halo.adjoint(y), want)
     # A dot product of at most 39 terms of order one: 1e-13 is hundreds of roundings.
     assert abs((filled * y).sum() - (x * back).sum()) < 1e-13
 

@@ -197,6 +197,48 @@ def test_ranks_equal_the_whole_box(box, order, n_interactions, cuts, backend):
     close(result.virial, whole.virial, atol=1e-10)
 
 
+@pytest.mark.parametrize(("order", "n_interactions"), [(0, 1), (1, 2), (2, 3)])
+def test_centroid_virials_do_not_depend_on_the_cut(order, n_interactions):
+    potential = make_potential(order=order, n_interactions=n_interactions)
+    found = []
+    for cuts in ((1, 1, 1), (2, 1, 2)):
+        domains = Domains(large_crystal(), cuts, potential.rcut)
+        result = potential.evaluate_pairs(
+            domains.species,
+            domains.pairs,
+            domains.r_ij(),
+            halo=IndexHalo(domains.owner),
+            positions=domains.x,
+        )
+        found.append([domains.forces(result.centroid_virial[:, a]) for a in range(3)])
+        close(result.centroid_virial.sum(dim=0), result.virial[0], atol=1e-10)
+    for whole, cut in zip(*found, strict=True):
+        close(cut, whole, atol=1e-10)
+
+
+@pytest.mark.parametrize(("order", "n_interactions"), [(0, 1), (0, 2), (1, 3)])
+def test_centroid_virials_are_the_flow_of_heat_in_a_molecule(order, n_interactions):
+    """d/dt sum_i x_i E_i with the weights x_i held fixed is J plus the work at each atom."""
+    potential, structure = make_potential(order=order, n_interactions=n_interactions), molecule()
+    x = torch.from_numpy(structure.positions)
+    v = torch.from_numpy(np.random.default_rng(5).normal(size=x.shape))
+    pairs, _ = neighbour_pairs(structure.positions, structure.cell, structure.pbc, potential.rcut)
+    species = torch.from_numpy(structure.species)
+
+    def evaluate(x, **settings):
+        r_ij = x[pairs.sender_long] - x[pairs.receiver]
+        return potential.evaluate_pairs(species, pairs, r_ij, **settings)
+
+    result = evaluate(x, positions=x)
+    flux = torch.einsum("kab,kb->a", result.centroid_virial, v)
+    h = 1e-5
+    change = (evaluate(x + h * v).atom_energy - evaluate(x - h * v).atom_energy) / (2 * h)
+    work = (result.forces * v).sum(dim=1)
+    # central differences, h = 1e-5: relative to a flux of up to 30 eV Å in its unit of time
+    close(flux, x.T @ (change + work), atol=1e-7 * float(flux.abs().max()))
+    assert evaluate(x).centroid_virial is None
+
+
 def test_ghosts_without_a_halo_are_an_error():
     domains = Domains(crystal(), (2, 1, 1), 3.0)
     arguments = domains.species, domains.pairs, domains.r_ij()
