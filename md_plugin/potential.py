@@ -141,19 +141,15 @@ class Potential:
             create_graph: keep the graph, to differentiate the forces again (training).
             n_local: how many of the first receivers count in the energy; None for all. Others are
                 ghosts whose features are computed here because no halo knows them.
-            positions: (n_send, 3), Å, from which r_ij was made without further shifts; asks for
-                `pair_moment`, at the price of three more backward passes.
+            positions: (n_send, 3), Å, of which r_ij are the differences: asks for `pair_moment`.
             backend: overrides the model's backend for this call.
         """
         r_ij = r_ij.detach().to(self.geometry_dtype).requires_grad_(forces)
+        moments = None if positions is None else self._moments(halo, positions)
         gradient = moment = None
-        moments = None
-        if positions is not None:
-            centred = positions - positions.mean(dim=0) if len(positions) else positions
-            halo = moments = MomentHalo(halo or NoHalo(), centred.to(self.geometry_dtype))
         # Also inside a caller's torch.no_grad(): forces are made of gradients.
         with torch.set_grad_enabled(forces or create_graph):
-            atom_energy = self.model(species, pairs, r_ij, halo, backend)[:n_local]
+            atom_energy = self.model(species, pairs, r_ij, moments or halo, backend)[:n_local]
             energy = segment_sum(atom_energy, structure, n_structures)
             if forces:
                 # Summing over structures is harmless: each r_ij belongs to one of them.
@@ -166,6 +162,10 @@ class Potential:
         if not create_graph:
             energy, atom_energy, r_ij = energy.detach(), atom_energy.detach(), r_ij.detach()
         return Evaluation(energy, atom_energy, gradient, pairs, r_ij, structure, moment)
+
+    def _moments(self, halo: Halo | None, positions: Tensor) -> MomentHalo:
+        centred = positions - positions.mean(dim=0) if len(positions) else positions
+        return MomentHalo(halo or NoHalo(), centred.to(self.geometry_dtype))
 
     def _pair_moment(
         self, energy: Tensor, r_ij: Tensor, gradient: Tensor, halo: MomentHalo, pairs: Pairs
