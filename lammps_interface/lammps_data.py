@@ -92,7 +92,8 @@ def read_step(data: Any, *, ghost_rows: bool = False) -> EngineStep:
     r_ij = _tensor(data, "rij", n_pair, torch.float64, device)
     sender = _tensor(data, "pair_j", n_pair, torch.int32, device)
     order = None
-    if not torch.equal(rows, torch.arange(n_recv, device=device)):
+    in_order = torch.equal(rows, torch.arange(n_recv, device=device))
+    if not in_order or bool((elems < 0).any()):
         order, index = _renumber(rows, elems)
         sender, receiver = index[sender.long()], index[receiver.long()]
         _check_renumbered(order[sender.long()], sender, n_recv, data)

@@ -192,8 +192,10 @@ class HipnnMLIAP(MLIAPUnified):
             rank = self._native.rank if self._native else 0
             if state["n_exchanges"] and hasattr(data, "forward_exchange"):
                 check_exchange(data, device, state["n_feat"])
-            text = f"{kind}: rank {rank}: {self!r}"
-            sys.stdout.write("\n".join([text, *(f"note: {f.text}" for f in coupling.told), ""]))
+            lines = [f"{kind}: rank {rank}: {self!r}"]
+            if rank == 0:
+                lines += [f"note: this LAMMPS {f.text}; {f.remedy}" for f in coupling.told]
+            sys.stdout.write("\n".join(lines) + "\n")
             sys.stdout.flush()
         self._coupling = coupling
         return coupling
@@ -202,7 +204,7 @@ class HipnnMLIAP(MLIAPUnified):
         """Energy, forces and virial of one step; a fault ends all ranks."""
         try:
             self._compute(data, self._coupling or self._prepare(data))
-        except Exception as error:
+        except BaseException as error:  # sys.exit() and Ctrl-C have to end all ranks as well
             if self._native is None:  # mliap/py, which sees to it itself, or an unknown host
                 raise
             end_all(error, self._native.rank, self._native.n_ranks)

@@ -135,7 +135,7 @@ class Native:
         low, high = (
             (c_double * 3).from_address(self._global(name) or 0) for name in ("boxlo", "boxhi")
         )
-        size = [b - a for a, b in zip(low, high, strict=True)]
+        size: list[float] = [b - a for a, b in zip(low, high, strict=True)]
         return size[0] * size[1] * size[2]
 
     @property
