@@ -114,6 +114,21 @@ def lmp(folder, ranks=1, name="in.lmp", suffix=True, env=None):
     return launch([BIN / "lmp", "-log", "none", *options, "-in", name], folder, ranks, env)
 
 
+def lmp_in_turn(folder, names, ranks=1):
+    """Runs NAME/in.lmp, in the folder NAME, one after the other in one process.
+
+    Starting Python and torch takes longer than most of the scripts.
+
+    Returns:
+        The finished process, and the output of each of `names` that it came to.
+    """
+    turn = 'print "turn {0}"\nshell cd {0}\ninclude in.lmp\nclear\nshell cd ..\n'
+    (folder / "in.turns").write_text("".join(turn.format(name) for name in names))
+    done = lmp(folder, ranks, "in.turns")
+    parts = [part.split("\n", 1) for part in done.stdout.split("\nturn ")[1:]]
+    return done, dict(parts)
+
+
 def tables(output):
     """All thermo tables of a run's output, one array (rows, columns) for each `run`."""
     found, rows = [], None
