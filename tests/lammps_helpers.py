@@ -49,7 +49,7 @@ def environment(**extra):
     return env
 
 
-def launch(command, folder, ranks=1, env=None):
+def launch(command, folder, ranks=1, env=None, limit=LIMIT):
     """Runs a command on a number of ranks; returns the finished process with merged output."""
     if ranks > 1:
         command = [BIN / "mpiexec", "-n", ranks, *command]
@@ -61,7 +61,7 @@ def launch(command, folder, ranks=1, env=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=LIMIT,
+        timeout=limit,
     )
 
 
@@ -108,10 +108,10 @@ def dump_object(folder, unified, name="model.pkl"):
     return name
 
 
-def lmp(folder, ranks=1, name="in.lmp", suffix=True, env=None):
+def lmp(folder, ranks=1, name="in.lmp", suffix=True, env=None, limit=LIMIT):
     """Runs the wheel's `lmp`, with -sf py."""
     options = ["-sf", "py"] if suffix else []
-    return launch([BIN / "lmp", "-log", "none", *options, "-in", name], folder, ranks, env)
+    return launch([BIN / "lmp", "-log", "none", *options, "-in", name], folder, ranks, env, limit)
 
 
 def lmp_in_turn(folder, names, ranks=1):
@@ -124,7 +124,7 @@ def lmp_in_turn(folder, names, ranks=1):
     """
     turn = 'print "turn {0}"\nshell cd {0}\ninclude in.lmp\nclear\nshell cd ..\n'
     (folder / "in.turns").write_text("".join(turn.format(name) for name in names))
-    done = lmp(folder, ranks, "in.turns")
+    done = lmp(folder, ranks, "in.turns", limit=3 * LIMIT)
     parts = [part.split("\n", 1) for part in done.stdout.split("\nturn ")[1:]]
     return done, dict(parts)
 
