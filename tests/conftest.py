@@ -12,3 +12,5 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from lammps_real import harness, pytest_terminal_summary, real_lammps  # noqa: F401
