@@ -136,8 +136,9 @@ def fetch(wanted: str | None, folder: Path, log: Path) -> tuple[Path, str]:
         The tarball, and the version of the source package.
 
     Raises:
-        MissingError: no apt-get, no archive, or the archive cannot be reached.
-        BuildError: no such version; a tarball with a wrong checksum.
+        MissingError: no apt-get, no archive, or one that cannot be reached, lacks LAMMPS, or sends
+            something else than it says.
+        BuildError: no such version.
     """
     if not shutil.which("apt-get") or not shutil.which("apt-cache"):
         raise MissingError(f"there is no apt-get here to fetch LAMMPS's source package; {INSTEAD}")
@@ -159,14 +160,14 @@ def fetch(wanted: str | None, folder: Path, log: Path) -> tuple[Path, str]:
     with path.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != digest:
-        raise BuildError(f"{file} has SHA256 {found} but the archive says {digest}: try again")
+        raise MissingError(f"{file} has SHA256 {found} but the archive says {digest}: try again")
     return path, version
 
 
 def _choose(versions: list[str], wanted: str | None, suites: tuple[str, ...]) -> str:
     places = " ".join(suites)
     if not versions:
-        raise BuildError(f"{places} has no source package {PACKAGE}; {INSTEAD}")
+        raise MissingError(f"{places} has no source package {PACKAGE}; {INSTEAD}")
     usable = [version for version in versions if version.startswith(wanted or "")]
     if not usable:
         raise BuildError(
@@ -221,7 +222,8 @@ class _Apt:
         said = self.run("apt-get", "source", "--print-uris", f"{PACKAGE}={version}")
         found = re.search(r"^'\S+' (\S+\.orig\.tar\.\w+) \d+ SHA256:(\w+)", said, re.MULTILINE)
         if not found:
-            raise BuildError(
-                f"apt-get names no original tarball of {PACKAGE} {version}, see {self.log}"
+            raise MissingError(
+                f"apt-get names no original tarball of {PACKAGE} {version}, see {self.log}; "
+                f"{INSTEAD}"
             )
         return found[1], found[2]

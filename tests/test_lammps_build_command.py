@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import lammps_fakes as fakes
+import lammps_real
 import pytest
 from lammps_helpers import needs_lammps
 
@@ -14,47 +15,6 @@ from lammps_interface.apt_source import AptEntry, MissingError
 from lammps_interface.build import BuildError
 from lammps_interface.lammps_build import BuildOptions, build_lammps, find_built
 from md_plugin.cli import main
-
-DEB822 = """\
-# the distribution
-Types: deb
-URIs: https://mirror.example/debian https://other.example/debian
-Suites: bookworm bookworm-updates
-# a remark
-Components: main contrib
-Signed-By: /keys/debian.gpg
-
-Types: deb
-URIs: https://off.example/debian
-Suites: bookworm
-Components: main
-Enabled: no
-
-Types: deb
-URIs: https://node.example
-Suites: nodistro
-Components: main
-Signed-By:
- -----BEGIN PGP PUBLIC KEY BLOCK-----
- .
- mQINBF
-"""
-ONE_LINE = """\
-# deb https://commented.example/debian bookworm main
-deb [arch=amd64 signed-by=/keys/cloud.gpg] https://cloud.example/apt cloud main # why
-deb-src https://mirror.example/debian bookworm main contrib
-deb cdrom:[Debian]/ bookworm main
-"""
-
-
-@pytest.fixture
-def sources(tmp_path):
-    """A folder like /etc/apt."""
-    (tmp_path / "sources.list.d").mkdir()
-    (tmp_path / "sources.list").write_text(ONE_LINE)
-    (tmp_path / "sources.list.d" / "debian.sources").write_text(DEB822)
-    (tmp_path / "sources.list.d" / "readme.txt").write_text("deb https://no.example/ x main")
-    return tmp_path
 
 
 @pytest.fixture
@@ -75,36 +35,6 @@ def build(source=None, **options):
 
 
 # --- apt's sources
-
-
-def test_both_formats_of_apt_sources_are_read(sources):
-    entries = apt_source.apt_entries(sources)
-    assert [entry.uri for entry in entries] == [
-        "https://cloud.example/apt",
-        "https://mirror.example/debian",
-        "cdrom:[Debian]/",
-        "https://mirror.example/debian",
-        "https://other.example/debian",
-        "https://node.example",
-    ]
-    assert entries[0].signed_by == "/keys/cloud.gpg"
-    assert entries[1].components == ("main", "contrib")
-    assert entries[3].suites == ("bookworm", "bookworm-updates")
-    assert entries[3].signed_by == "/keys/debian.gpg"
-    assert entries[5].signed_by.splitlines()[-1] == " mQINBF"
-
-
-def test_source_packages_come_from_the_archive_of_the_distribution(sources):
-    entry = apt_source.archive(apt_source.apt_entries(sources), "bookworm")
-    assert entry.stanza(("sid", "testing")) == (
-        "Types: deb-src\nURIs: https://mirror.example/debian\nSuites: sid testing\n"
-        "Components: main contrib\n"
-    )
-    key = apt_source.apt_entries(sources)[5].stanza(("sid",))
-    assert apt_source._deb822(key)[0].signed_by.endswith(" mQINBF")
-    with pytest.raises(MissingError, match=r"no entry for its own suite \(trixie.*build PATH"):
-        apt_source.archive(apt_source.apt_entries(sources), "trixie")
-    assert apt_source.apt_entries(sources / "none") == []
 
 
 def test_the_newest_source_package(machine):
@@ -353,3 +283,23 @@ def test_a_cache_that_cannot_be_written(machine, monkeypatch):
 def test_the_command_line_says_one_sentence(machine, capsys):
     assert main(["lammps", "build", str(machine / "nothing")]) == 2
     assert "there is no LAMMPS source tree or tarball" in capsys.readouterr().err
+
+
+# --- what the tests of a real LAMMPS make of it
+
+
+@needs_lammps
+def test_tests_take_the_cached_build_or_make_it_or_say_why_not(machine, monkeypatch):
+    find = lammps_real._find.__wrapped__
+    for name in ("CI", "MD_PLUGIN_BUILD_LAMMPS"):
+        monkeypatch.delenv(name, raising=False)
+    assert find() == (None, lammps_real.RUN_IT)
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setenv("FAKE_UNREACHABLE", "1")
+    built, words = find()
+    assert built is None
+    assert words.startswith("cannot be built here: apt-get cannot read the source packages")
+    monkeypatch.delenv("FAKE_UNREACHABLE")
+    built, words = find()
+    assert "LAMMPS 4 Jul 2026" in words and "built in" in words
+    assert find()[1].endswith(f"from the cache: {built.root}")
