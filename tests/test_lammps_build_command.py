@@ -10,7 +10,7 @@ import lammps_real
 import pytest
 from lammps_helpers import needs_lammps
 
-from lammps_interface import apt_source, lammps_compile, lammps_source, lammps_tools
+from lammps_interface import apt_source, lammps_source, lammps_tools
 from lammps_interface.apt_source import AptEntry, MissingError
 from lammps_interface.build import BuildError
 from lammps_interface.lammps_build import BuildOptions, build_lammps, find_built
@@ -158,24 +158,6 @@ def test_tools_that_cannot_be_installed(machine, monkeypatch):
     )
     with pytest.raises(MissingError, match=r"cannot install cython .*ERROR: no.*on the PATH"):
         lammps_tools.find_tools(machine / "log")
-
-
-def test_kokkos_of_the_user(tmp_path):
-    with pytest.raises(BuildError, match=r"neither a Kokkos source tree .* nor an installation"):
-        lammps_compile.find_kokkos(tmp_path)
-    assert lammps_compile.find_kokkos(None) is None
-    (tmp_path / "source" / "core" / "src").mkdir(parents=True)
-    (tmp_path / "source" / "CMakeLists.txt").write_text(
-        "set(Kokkos_VERSION_MAJOR 4)\nset(Kokkos_VERSION_MINOR 6)\nset(Kokkos_VERSION_PATCH 1)\n"
-    )
-    found = lammps_compile.find_kokkos(tmp_path / "source")
-    assert (found.installed, found.version) == (False, "4.6.1")
-    place = tmp_path / "installed" / "lib" / "cmake" / "Kokkos"
-    place.mkdir(parents=True)
-    (place / "KokkosConfig.cmake").touch()
-    (place / "KokkosConfigVersion.cmake").write_text('set(PACKAGE_VERSION "5.1.0")\n')
-    found = lammps_compile.find_kokkos(tmp_path / "installed")
-    assert (found.path, found.installed, found.version) == (place, True, "5.1.0")
 
 
 # --- the cache

@@ -1,9 +1,10 @@
-"""The apt sources of a machine, read in both formats."""
+"""What a build of LAMMPS starts from: the apt sources of a machine, a Kokkos of the user."""
 
 import pytest
 
-from lammps_interface import apt_source
+from lammps_interface import apt_source, lammps_compile
 from lammps_interface.apt_source import MissingError
+from lammps_interface.build import BuildError
 
 DEB822 = """\
 # the distribution
@@ -75,3 +76,21 @@ def test_source_packages_come_from_the_archive_of_the_distribution(sources):
     with pytest.raises(MissingError, match=r"no entry for its own suite \(trixie.*build PATH"):
         apt_source.archive(apt_source.apt_entries(sources), "trixie")
     assert apt_source.apt_entries(sources / "none") == []
+
+
+def test_kokkos_of_the_user(tmp_path):
+    with pytest.raises(BuildError, match=r"neither a Kokkos source tree .* nor an installation"):
+        lammps_compile.find_kokkos(tmp_path)
+    assert lammps_compile.find_kokkos(None) is None
+    (tmp_path / "source" / "core" / "src").mkdir(parents=True)
+    (tmp_path / "source" / "CMakeLists.txt").write_text(
+        "set(Kokkos_VERSION_MAJOR 4)\nset(Kokkos_VERSION_MINOR 6)\nset(Kokkos_VERSION_PATCH 1)\n"
+    )
+    found = lammps_compile.find_kokkos(tmp_path / "source")
+    assert (found.installed, found.version) == (False, "4.6.1")
+    place = tmp_path / "installed" / "lib" / "cmake" / "Kokkos"
+    place.mkdir(parents=True)
+    (place / "KokkosConfig.cmake").touch()
+    (place / "KokkosConfigVersion.cmake").write_text('set(PACKAGE_VERSION "5.1.0")\n')
+    found = lammps_compile.find_kokkos(tmp_path / "installed")
+    assert (found.path, found.installed, found.version) == (place, True, "5.1.0")
