@@ -146,3 +146,63 @@ class Mixture(Base):
         data.update_pair_energy(4 * epsilon * s6 * (s6 - 1))
         scale = 0.5 * 4 * epsilon * s6 * (6 - 12 * s6) / r2
         data.update_pair_forces(scale[:, None] * data.rij)
+
+
+class Counting:
+    """Wraps a unified object: every rank writes a line for each step, and may fail in one.
+
+    Columns of counts.RANK: step, local atoms, atoms, pairs, exchanges forward and reverse since
+    the step before, largest resident memory of the process so far in bytes.
+    """
+
+    def __init__(self, inner, fault=(-1, -1)):
+        self.inner = inner
+        self.fault = fault
+
+    def __getattr__(self, name):
+        if name == "inner":  # asked for while a pickle is read
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def interface(self):
+        return self.inner.interface
+
+    @interface.setter
+    def interface(self, session):
+        self.inner.interface = session
+        self.counts = [0, 0]
+        for k, name in enumerate(("forward_exchange", "reverse_exchange")):
+            setattr(session.data, name, self.counted(k, getattr(session.data, name)))
+
+    def counted(self, k, exchange):
+        def call(*arguments):
+            self.counts[k] += 1
+            return exchange(*arguments)
+
+        return call
+
+    def compute_forces(self, data):
+        rank = self.interface._view.rank
+        if (rank, data.step) == self.fault:
+            raise ZeroDivisionError(f"the model has failed in step {data.step}")
+        self.inner.compute_forces(data)
+        with open("/proc/self/status") as status:
+            peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+        row = [data.step, data.nlocal, data.ntotal, len(data.sender), *self.counts, 1024 * peak]
+        self.counts[:] = 0, 0
+        with open(f"counts.{rank}", "a") as out:
+            out.write(" ".join(map(str, row)) + "\n")
+
+
+class Unloadable(Base):
+    """Cannot be prepared on one rank."""
+
+    rank = 0
+
+    def begin_run(self, units, rank_on_node, ranks_on_node):
+        if rank_on_node == self.rank:
+            raise OSError(f"no memory left for rank {rank_on_node} of {ranks_on_node}")
+
+    def compute_forces(self, data):
+        pass
