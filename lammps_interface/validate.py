@@ -82,11 +82,10 @@ def _heading(check: Validation) -> str:
 
 
 def _table(check: Validation, rows: Sequence[Row]) -> Table:
-    from rich.box import SIMPLE
     from rich.table import Table
 
     title = "largest relative difference, LAMMPS against Python"
-    table = Table(box=SIMPLE, title=title, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=None, title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("\nstructure", no_wrap=True)
     table.add_column("\nstep", justify="right", no_wrap=True)
     for name in cases.QUANTITIES:
@@ -97,7 +96,7 @@ def _table(check: Validation, rows: Sequence[Row]) -> Table:
         found = row.differences
         cells = ["-"] * len(cases.QUANTITIES)
         if found is not None:
-            cells = [f"{found[name]:.1e}" for name in cases.QUANTITIES]
+            cells = [f"{found[k]:.0e}" if k in found else "-" for k in cases.QUANTITIES]
         verdict = "PASS" if row.passed else "[bold red]FAIL[/]"
         table.add_row(row.name, str(row.step), *cells, verdict)
     return table

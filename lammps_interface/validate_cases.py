@@ -5,6 +5,8 @@ the same potential gives the same structures. A difference is the largest absolu
 
     energy           sum over atoms of |energy - reference energy|
     virial           sum over atoms of the largest component of the atom's virial
+    centroid         sum of the atoms' centroid virials, against the virial: as virial. With one
+                     interaction layer also atom by atom: the largest entry
     all the others   the largest entry; of atom energies without the reference energy
 
 A sum may vanish although its terms do not, and rounding goes by the terms. Reference energies are
@@ -14,12 +16,13 @@ left out: they are large, and known to both sides alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from md_plugin.committee import Committee
 from md_plugin.elements import SYMBOLS
 from md_plugin.neighbours import Structure
 from md_plugin.potential import Potential
@@ -27,7 +30,8 @@ from md_plugin.potential import Potential
 FloatArray = NDArray[np.float64]
 FCC = np.array([[0.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]])
 SIX = ([0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2])  # xx yy zz xy xz yz, LAMMPS's order
-QUANTITIES = ("energy", "forces", "virial", "atom energy", "atom stress")
+QUANTITIES = ("energy", "forces", "virial", "atom energy", "atom stress", "centroid")
+NINE = ([0, 1, 2, 0, 0, 1, 1, 2, 2], [0, 1, 2, 1, 2, 2, 0, 0, 1])  # and yx zx zy
 NOISE = 0.06  # of the distance between neighbours
 
 
@@ -56,6 +60,7 @@ class Terms:
         virial: (6,) eV, xx yy zz xy xz yz.
         atom_energy: (n,) eV.
         atom_virial: (n, 6) eV, half of each pair's to each of its atoms.
+        centroid: (n, 9) eV, the atoms' virials by which heat flows; None where they are not known.
     """
 
     energy: float
@@ -63,6 +68,7 @@ class Terms:
     virial: FloatArray
     atom_energy: FloatArray
     atom_virial: FloatArray
+    centroid: FloatArray | None = None
 
 
 def make_cases(potential: Potential, ranks: int = 1) -> list[Case]:
@@ -93,7 +99,7 @@ def make_cases(potential: Potential, ranks: int = 1) -> list[Case]:
         case("crystal", block, cube),
         case("triclinic, strained", block @ strain, cube @ strain),
         case("slab, free surfaces", layers + [0, 0, 0.3 * d], slab, "ppf"),
-        case("cluster and lone atom", far, 5.0 * rcut * np.eye(3)),
+        case("cluster and lone atom", far, 5.0 * rcut * np.eye(3), "fff"),
         case("cell below the cutoff", np.array([[0.0, 0, 0], [d, 0, 0]]), small),
     ]
     if ranks > 1:
@@ -174,17 +180,26 @@ def python_terms(potential: Potential, structure: Structure) -> Terms:
         values: FloatArray = tensor.double().cpu().numpy()  # type: ignore[attr-defined]
         return values
 
+    centroid = None
+    if potential.n_exchanges == 0:
+        # with more layers it takes a structure with explicit ghosts
+        assert found.pair_gradient is not None
+        moment = found.pair_gradient.new_zeros(found.pairs.n_pair, 3, 3)
+        centroid = plain(replace(found, pair_moment=moment).centroid_virial)[:, NINE[0], NINE[1]]
     return Terms(
         float(found.energy[0]),
         plain(found.forces),
         plain(found.virial)[0][SIX],
         plain(found.atom_energy),
         plain(found.atom_virial)[:, SIX[0], SIX[1]],
+        centroid,
     )
 
 
 def differences(found: Terms, expected: Terms, reference: FloatArray) -> dict[str, float]:
     """Largest relative difference of each of `QUANTITIES`; inf where LAMMPS gave no number.
+
+    Without "centroid" where LAMMPS was not asked for it.
 
     Args:
         found: by LAMMPS.
@@ -200,15 +215,28 @@ def differences(found: Terms, expected: Terms, reference: FloatArray) -> dict[st
         "atom energy": (found.atom_energy, expected.atom_energy, interaction.max()),
         "atom stress": (found.atom_virial, expected.atom_virial, terms.max()),
     }
-    result = {}
-    for name, (a, b, scale) in pairs.items():
-        worst = float(np.abs(np.asarray(a) - b).max())
-        result[name] = worst / (scale or 1.0) if np.isfinite(worst) else float("inf")
+    result = {name: _difference(*values) for name, values in pairs.items()}
+    if found.centroid is not None:
+        nine = expected.virial[[0, 1, 2, 3, 4, 5, 3, 4, 5]]
+        result["centroid"] = _difference(found.centroid.sum(axis=0), nine, terms.sum())
+        if expected.centroid is not None:
+            scale = np.abs(expected.centroid).max()
+            each = _difference(found.centroid, expected.centroid, scale)
+            result["centroid"] = max(result["centroid"], each)
     return result
 
 
+def _difference(found: FloatArray | float, expected: FloatArray | float, scale: float) -> float:
+    worst = float(np.abs(np.asarray(found) - expected).max())
+    return worst / (scale or 1.0) if np.isfinite(worst) else float("inf")
+
+
 def reference_energies(potential: Potential, species: NDArray[np.int64]) -> FloatArray:
-    """(n,) reference energy of each atom, eV."""
+    """(n,) reference energy of each atom, eV; the members' mean of a committee."""
+    if isinstance(potential, Committee):
+        members = [reference_energies(member, species) for member in potential.members]
+        mean: FloatArray = np.mean(members, axis=0)
+        return mean
     config = potential.model.config
     known = config.reference_energies or (0.0,) * len(config.species)
     table = dict(zip(config.species, known, strict=True))

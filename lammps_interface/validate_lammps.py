@@ -18,6 +18,7 @@ import numpy as np
 from lammps_interface import lammps_runs as runs
 from lammps_interface import validate_cases as cases
 from lammps_interface.lammps_runs import LammpsRunError
+from md_plugin.committee import Committee
 from md_plugin.neighbours import Structure
 from md_plugin.potential import Potential
 
@@ -41,18 +42,21 @@ pair_coeff * * {elements}
 compute P all pressure NULL virial
 compute E all pe/atom
 compute S all stress/atom NULL virial
+{centroid}
 compute ES all reduce sum c_E
 compute SS all reduce sum c_S[1]
 thermo_style custom step pe c_P[1] c_P[2] c_P[3] c_P[4] c_P[5] c_P[6] vol c_ES c_SS
 thermo_modify format float %.17g norm no line one
 thermo 20
 run 0
-write_dump all custom dump.0 id x y z fx fy fz c_E c_S[*] modify sort id format float %.17g
+write_dump all custom dump.0 id x y z fx fy fz c_E {columns} &
+    modify sort id format float %.17g
 timestep {timestep}
 velocity all create 900.0 4711 loop all
 fix NVE all nve
 run 20
-write_dump all custom dump.20 id x y z fx fy fz c_E c_S[*] modify sort id format float %.17g
+write_dump all custom dump.20 id x y z fx fy fz c_E {columns} &
+    modify sort id format float %.17g
 """
 
 
@@ -120,8 +124,7 @@ class Validation:
         self.units = str(unified.__getstate__().get("units", "metal"))
         self.dtype = unified.potential.dtype
         # weights as LAMMPS has them, arithmetic in float64
-        self.potential = Potential(unified.potential.model, device="cpu", dtype="float64")
-        self.potential.info.update(unified.potential.info)
+        self.potential = in_float64(unified.potential)
         self.tolerance = TOLERANCE[self.dtype]
         self.program = runs.inspect_lammps(settings.lmp or default_lmp())
         self.suffix = runs.choose_suffix(self.program, settings.suffix)
@@ -155,16 +158,19 @@ class Validation:
         return rows, Failure(case.name, verdict, done.last_words())
 
     def _script(self, case: cases.Case) -> str:
-        config = self.potential.model.config
+        n_layers = self.potential.n_exchanges + 1
+        centroid = self.suffix == "py"  # LAMMPS's own ML-IAP has none
         # plain ML-IAP exchanges no features: ghosts need neighbours, layer upon layer of them
-        ghostneigh = self.suffix == "none" and config.n_interactions > 1
-        reach = config.n_interactions * config.rcut + SKIN + 0.1
+        ghostneigh = self.suffix == "none" and n_layers > 1
+        reach = n_layers * self.potential.rcut + SKIN + 0.1
         return SCRIPT.format(
             units=self.units,
             boundary=" ".join("p" if periodic else "f" for periodic in case.structure.pbc),
             processors=f"processors {case.processors}" if case.processors else "",
             skin=SKIN,
             communication=f"comm_modify cutoff {reach:g}" if ghostneigh else "",
+            centroid="compute C all centroid/stress/atom NULL virial" if centroid else "",
+            columns="c_S[*] c_C[*]" if centroid else "c_S[*]",
             model=f"../{self.file.name}",
             ghostneigh=int(ghostneigh),
             elements=cases.element_names(self.potential.species),
@@ -211,6 +217,13 @@ def export_or_copy(model: str, dtype: str | None, output: Path) -> Any:
         )
     shutil.copyfile(model, output)
     return unified
+
+
+def in_float64(potential: Potential) -> Potential:
+    """The same weights, with arithmetic in float64 on the CPU."""
+    if isinstance(potential, Committee):
+        return Committee([in_float64(member) for member in potential.members])
+    return Potential(potential.model, device="cpu", dtype="float64", info=dict(potential.info))
 
 
 def default_lmp() -> Path:
@@ -268,8 +281,8 @@ def read_terms(
     from md_plugin.units import unit_style
 
     style = unit_style(units)
-    rows = np.loadtxt(dump, skiprows=9, ndmin=2)
-    if rows.shape[1] != 14:
+    rows = np.loadtxt(dump.read_text().splitlines()[9:] or ["0"], ndmin=2)
+    if rows.shape[1] not in (14, 23):
         raise ValueError(f"{dump.name} has {rows.shape[1]} columns")
     lines = [line.split() for line in text.splitlines()]
     thermo = [w for w in lines if len(w) == 11 and w[0] == str(step)]
@@ -282,5 +295,6 @@ def read_terms(
         virial=values[2:8] * values[8] / NKTV2P[units] * style.energy,
         atom_energy=rows[:, 7] * style.energy,
         atom_virial=-rows[:, 8:14] / NKTV2P[units] * style.energy,
+        centroid=-rows[:, 14:] / NKTV2P[units] * style.energy if rows.shape[1] == 23 else None,
     )
     return rows[:, 1:4] * style.length, terms
