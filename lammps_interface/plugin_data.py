@@ -207,6 +207,8 @@ class PluginData:
         forces = _numbers("fij", fij, (self.npairs, 3))
         self._check(self._view.pair_forces(self._view.pair, forces.ctypes.data))
 
+    update_pair_forces_gpu = update_pair_forces  # its name in KOKKOS, which MACE asks for
+
     # features of ghost atoms
 
     def forward_exchange(self, copy_from: Any, copy_to: Any, vec_len: int) -> None:

@@ -137,6 +137,7 @@ class Mixture(Base):
 
     epsilon = ((0.0103, 0.0118), (0.0118, 0.014))
     sigma = ((3.405, 3.52), (3.52, 3.65))
+    update = "update_pair_forces"  # KOKKOS offers it with the ending _gpu as well
 
     def compute_forces(self, data):
         kinds = data.elems[data.pair_i], data.jelems
@@ -145,14 +146,21 @@ class Mixture(Base):
         s6 = sigma**6 / r2**3
         data.update_pair_energy(4 * epsilon * s6 * (s6 - 1))
         scale = 0.5 * 4 * epsilon * s6 * (6 - 12 * s6) / r2
-        data.update_pair_forces(scale[:, None] * data.rij)
+        getattr(data, self.update)(scale[:, None] * data.rij)
+
+
+def memory():
+    """Largest and present resident memory of this process, bytes."""
+    with open("/proc/self/status") as status:
+        lines = dict(line.split(":", 1) for line in status)
+    return [1024 * int(lines[name].split()[0]) for name in ("VmHWM", "VmRSS")]
 
 
 class Counting:
     """Wraps a unified object: every rank writes a line for each step, and may fail in one.
 
     Columns of counts.RANK: step, local atoms, atoms, pairs, exchanges forward and reverse since
-    the step before, largest resident memory of the process so far in bytes.
+    the step before, largest resident memory of the process so far and resident memory, in bytes.
     """
 
     def __init__(self, inner, fault=(-1, -1)):
@@ -187,9 +195,7 @@ class Counting:
         if (rank, data.step) == self.fault:
             raise ZeroDivisionError(f"the model has failed in step {data.step}")
         self.inner.compute_forces(data)
-        with open("/proc/self/status") as status:
-            peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-        row = [data.step, data.nlocal, data.ntotal, len(data.sender), *self.counts, 1024 * peak]
+        row = [data.step, data.nlocal, data.ntotal, len(data.sender), *self.counts, *memory()]
         self.counts[:] = 0, 0
         with open(f"counts.{rank}", "a") as out:
             out.write(" ".join(map(str, row)) + "\n")

@@ -97,6 +97,7 @@ def write_inputs(folder, feature):
         (folder / "atoms.data").write_text("\n".join(lines) + "\n")
     dump_object(folder, Mixture(["Ar", "Kr"], RCUT))
     dump_object(folder, Mixture(["Ne", "Kr"], RCUT), "kr.pkl")
+    dump_object(folder, Mixture(["Ar", "Kr"], RCUT, update="update_pair_forces_gpu"), "gpu.pkl")
     halves = [fill(FRAME, feature, tag) for tag in ("lj", "py")]
     (folder / "in.lmp").write_text("clear\n".join(halves))
 

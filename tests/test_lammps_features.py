@@ -99,6 +99,7 @@ FEATURES = {
     "explicit name": Feature(
         pairs=(lj(), "suffix off\n" + py("mliap/py unified model.pkl") + "\nsuffix on")
     ),
+    "names of KOKKOS": Feature(pairs=(lj(), py("mliap unified gpu.pkl 0"))),
     "hybrid with NULL": Feature(
         pairs=(
             lj(),
