@@ -212,3 +212,16 @@ class Unloadable(Base):
 
     def compute_forces(self, data):
         pass
+
+
+class Breaking(Counting):
+    """Fails between the two exchanges of a step, on the rank and in the step of `fault`."""
+
+    def compute_forces(self, data):
+        if (self.interface._view.rank, data.step) == self.fault:
+
+            def broken(*_):
+                raise ArithmeticError(f"the way back is broken in step {data.step}")
+
+            data.reverse_exchange = broken
+        self.inner.compute_forces(data)
