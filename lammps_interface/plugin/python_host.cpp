@@ -17,6 +17,7 @@ namespace {
     void (*SetProgramName)(const wchar_t *);
     wchar_t *(*DecodeLocale)(const char *, size_t *);
     void *(*SaveThread)();
+    void (*RestoreThread)(void *);
     int (*Ensure)();
     void (*Release)(int);
     void *(*ImportModule)(const char *);
@@ -32,6 +33,8 @@ namespace {
   Api api;
   bool started = false;
   bool owned = false;
+  int n_objects = 0;             // that live at present
+  void *main_thread = nullptr;    // its state while it has let go of the GIL
 
   template <typename F> void look_up(void *library, const char *name, F &function)
   {
@@ -45,6 +48,7 @@ namespace {
   {
     look_up(library, "Py_IsInitialized", api.IsInitialized);
     look_up(library, "PyEval_SaveThread", api.SaveThread);
+    look_up(library, "PyEval_RestoreThread", api.RestoreThread);
     look_up(library, "PyGILState_Ensure", api.Ensure);
     look_up(library, "PyGILState_Release", api.Release);
     look_up(library, "PyImport_ImportModule", api.ImportModule);
@@ -85,10 +89,22 @@ namespace {
     // Python keeps the pointer, so the string is never freed.
     api.SetProgramName(api.DecodeLocale(MDP_PYTHON, nullptr));
     api.InitializeEx(0);    // 0: Ctrl-C stays with LAMMPS
+    // Not finalised here: numpy and torch do not survive it, and their worker threads may still
+    // hold references at that point. A LAMMPS with the PYTHON package does so at its end.
     owned = true;
-    // Any thread may take the GIL from here on. Python is never finalised: numpy and torch do
-    // not survive it, and their worker threads may still hold references at that point.
-    api.SaveThread();
+  }
+
+  // While there are objects any thread may take the GIL. Before and after, the main thread holds
+  // it, as a LAMMPS with the PYTHON package expects when it finalises Python.
+  void count_objects(int change)
+  {
+    n_objects += change;
+    if (!owned) return;
+    if (n_objects > 0 && !main_thread) main_thread = api.SaveThread();
+    if (n_objects == 0 && main_thread) {
+      api.RestoreThread(main_thread);
+      main_thread = nullptr;
+    }
   }
 
   class Gil {
@@ -141,15 +157,18 @@ bool owns_interpreter()
 void Object::create(const char *module, const char *function, void *address, const char *text)
 {
   reset();
-  Gil gil;
-  void *imported = api.ImportModule(module);
-  if (!imported)
-    throw PythonError("cannot import " + std::string(module) + " (" + error_text() +
-                      "); is md_plugin installed in the Python environment of this LAMMPS?");
-  self = api.CallMethod(imported, function, "Ks",
-                        static_cast<unsigned long long>(reinterpret_cast<size_t>(address)), text);
-  api.DecRef(imported);
-  if (!self) throw PythonError(error_text());
+  {
+    Gil gil;
+    void *imported = api.ImportModule(module);
+    if (!imported)
+      throw PythonError("cannot import " + std::string(module) + " (" + error_text() +
+                        "); is md_plugin installed in the Python environment of this LAMMPS?");
+    const auto where = static_cast<unsigned long long>(reinterpret_cast<size_t>(address));
+    self = api.CallMethod(imported, function, "Ks", where, text);
+    api.DecRef(imported);
+    if (!self) throw PythonError(error_text());
+  }
+  count_objects(1);
 }
 
 void Object::call(const char *method, const char *text)
@@ -162,10 +181,14 @@ void Object::call(const char *method, const char *text)
 
 void Object::reset()
 {
+  if (!self) return;
   // After Python has ended (an exiting Python host) its objects are gone already.
-  if (self && api.IsInitialized()) {
-    Gil gil;
-    api.DecRef(self);
+  if (api.IsInitialized()) {
+    {
+      Gil gil;
+      api.DecRef(self);
+    }
+    count_objects(-1);
   }
   self = nullptr;
 }
