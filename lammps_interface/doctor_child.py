@@ -37,7 +37,7 @@ def ask_torch() -> dict[str, Any]:
             torch.zeros(1, device="cuda")
         except (RuntimeError, AssertionError) as error:
             why = str(error).splitlines()[0]
-    energy, error = _evaluate()
+    energy, evaluation_error = _evaluate()
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip or "",
@@ -46,7 +46,7 @@ def ask_torch() -> dict[str, Any]:
         "why_no_gpu": why,
         "backends": list_backends(),
         "energy": energy,
-        "evaluation_error": error,
+        "evaluation_error": evaluation_error,
     }
 
 

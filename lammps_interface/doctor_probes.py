@@ -177,7 +177,7 @@ def _driver(asker: Asker) -> str:
 def compiler_section(asker: Asker) -> Section:
     """C++ compilers, and which of them compiles the pair style."""
     chosen = build.find_compiler()
-    lines = []
+    lines: list[Line] = []
     for name in dict.fromkeys([os.environ.get("CXX", ""), "g++", "c++", "clang++"]):
         if name and (found := shutil.which(name)):
             used = ""
@@ -218,8 +218,8 @@ def cache_section(asker: Asker) -> Section:
         lines.append(Line(OK, what, f"{len(stale)}, {total:.0f} kB, {why}"))
     for info in sorted((folder / "lammps").glob("*/built.json")):
         parts = [path.lstat() for path in info.parent.rglob("*")]
-        size = sum(part.st_size for part in parts) / 2**20
-        lines.append(Line(OK, "LAMMPS build", f"{info.parent}, {size:.0f} MB"))
+        megabytes = sum(part.st_size for part in parts) / 2**20
+        lines.append(Line(OK, "LAMMPS build", f"{info.parent}, {megabytes:.0f} MB"))
     return Section("plugin cache", tuple(lines))
 
 

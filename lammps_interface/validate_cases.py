@@ -208,7 +208,7 @@ def differences(found: Terms, expected: Terms, reference: FloatArray) -> dict[st
     """
     interaction = np.abs(expected.atom_energy - reference)
     terms = np.abs(expected.atom_virial).max(axis=1)
-    pairs = {
+    pairs: dict[str, tuple[FloatArray | float, FloatArray | float, float]] = {
         "energy": (found.energy, expected.energy, interaction.sum()),
         "forces": (found.forces, expected.forces, np.abs(expected.forces).max()),
         "virial": (found.virial, expected.virial, terms.sum()),

@@ -26,7 +26,6 @@ lj/cut  {styles}
 Info-Info-Info-Info-Info-Info-Info-Info-Info-Info-Info
 """
 OWN = {"version": "4 Jul 2026", "packages": "ML-IAP PYTHON", "styles": "mliap", "kokkos": ""}
-NO_INFO = "hello"
 
 
 def write_program(path, lines):
@@ -41,7 +40,7 @@ def write_lmp(path, action="exit 0", mpi="MPICH Version: 4.3", info=INFO, **chan
     """A `lmp` that describes itself, and does `action` with other scripts."""
     text = info.format(**(OWN | {"mpi": mpi} | changes))
     return write_program(
-        path, f"case \"$*\" in *in.info*) cat <<'END'\n{text}\nEND\nexit 0;; esac\n{action}"
+        path, f"case \"$*\" in *in.info*) /bin/cat <<'END'\n{text}\nEND\nexit 0;; esac\n{action}"
     )
 
 
