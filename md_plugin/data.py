@@ -169,8 +169,10 @@ def _label(atoms: Any, key: str, name: str, shape: tuple[int, ...], where: str) 
     if value is None:
         results = {} if atoms.calc is None else atoms.calc.results
         known = sorted({*results, *atoms.info, *atoms.arrays} - {"numbers", "positions"})
-        raise DataError(f"{where}: no {name} under the key {key!r}; the frame has "
-                        f"{', '.join(known) or 'no labels'}. Set data: {name}_key")
+        raise DataError(
+            f"{where}: no {name} under the key {key!r}; the frame has "
+            f"{', '.join(known) or 'no labels'}. Set data: {name}_key"
+        )
     array = np.asarray(value, dtype=np.float64)
     if array.shape != shape:
         raise DataError(f"{where}: {key!r} has shape {array.shape}, but {name} must have {shape}")
@@ -184,14 +186,18 @@ def _stress(atoms: Any, key: str, where: str) -> FloatArray:
     if value is None:
         return np.full((3, 3), np.nan)
     if not atoms.pbc.all():
-        raise DataError(f"{where}: {key!r} is given, but the cell is not periodic in all three "
-                        "directions, so that stress has no meaning; remove it from this frame")
+        raise DataError(
+            f"{where}: {key!r} is given, but the cell is not periodic in all three "
+            "directions, so that stress has no meaning; remove it from this frame"
+        )
     array = np.asarray(value, dtype=np.float64)
     if array.shape == (6,):  # Voigt order of ASE: xx, yy, zz, yz, xz, xy
         array = array[[0, 5, 4, 5, 1, 3, 4, 3, 2]]
     if array.size != 9:
-        raise DataError(f"{where}: {key!r} has shape {array.shape}, but stress must have (6,) "
-                        "(Voigt: xx yy zz yz xz xy) or (3, 3)")
+        raise DataError(
+            f"{where}: {key!r} has shape {array.shape}, but stress must have (6,) "
+            "(Voigt: xx yy zz yz xz xy) or (3, 3)"
+        )
     if not np.isfinite(array).all():
         raise DataError(f"{where}: {key!r} is not finite")
     return array.reshape(3, 3)

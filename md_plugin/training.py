@@ -85,8 +85,10 @@ def prepare(
     for name, dataset in sets.items():
         unknown = sorted(set(dataset.species) - set(train.species))
         if unknown:
-            raise DataError(f"{dataset.path} holds species {unknown} that are not in {train.path}; "
-                            f"add such structures to the training set or drop them from {name}")
+            raise DataError(
+                f"{dataset.path} holds species {unknown} that are not in {train.path}; "
+                f"add such structures to the training set or drop them from {name}"
+            )
     start = None if config.start_from is None else load_model(config.start_from, device="cpu")
     if start is not None:
         start.check_species(np.array(train.species))
@@ -117,8 +119,9 @@ def _model_config(config: Config, train: Dataset) -> HipnnConfig:
     values: dict[str, Any] = {"species": train.species, **config.model}
     missing = sorted(set(train.species) - set(values["species"]))
     if missing:
-        raise ConfigError(f"model: species {list(values['species'])} lacks {missing}, which "
-                          f"{train.path} holds")
+        raise ConfigError(
+            f"model: species {list(values['species'])} lacks {missing}, which {train.path} holds"
+        )
     if "reference_energies" not in values:
         fitted = fit_reference_energies(train)
         values["reference_energies"] = [fitted.get(z, 0.0) for z in values["species"]]

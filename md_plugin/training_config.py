@@ -1,9 +1,9 @@
 """Training configuration: YAML -> frozen dataclasses. Every key is a field below, with its default.
 
-    data:      train, valid, test (paths relative to the YAML file) and the names of the labels
-    model:     fields of `HipnnConfig`; species and reference_energies come from the data if absent
-    training:  fields of `TrainingConfig`
-    output:    folder, relative to the YAML file
+data:      train, valid, test (paths relative to the YAML file) and the names of the labels
+model:     fields of `HipnnConfig`; species and reference_energies come from the data if absent
+training:  fields of `TrainingConfig`
+output:    folder, relative to the YAML file
 """
 
 from __future__ import annotations
@@ -200,9 +200,7 @@ def _check_keys(given: Mapping[str, Any], known: set[str], needed: set[str], whe
 
 def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
     """A dataclass from plain values; numbers are converted to the annotated type."""
-    needed = {
-        f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
-    }
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     _check_keys(values, {f.name for f in fields(kind)}, needed, where)
     converted = dict(values)
     for f in fields(kind):

@@ -176,10 +176,15 @@ class Trainer:
         logger.info(
             "epoch %4d/%d%s  energy MAE %.2f | %.2f meV/atom  forces MAE %.1f | %.1f meV/Å  "
             "(train | valid)  lr %.1e  %.1f s",
-            epoch, self.config.max_epochs, " *" if best == epoch else "  ",
-            row["train_energy_mae"], row["valid_energy_mae"],
-            row["train_forces_mae"], row["valid_forces_mae"],
-            row["learning_rate"], row["seconds"],
+            epoch,
+            self.config.max_epochs,
+            " *" if best == epoch else "  ",
+            row["train_energy_mae"],
+            row["valid_energy_mae"],
+            row["train_forces_mae"],
+            row["valid_forces_mae"],
+            row["learning_rate"],
+            row["seconds"],
         )
 
     def _save_state(self) -> None:

@@ -6,7 +6,6 @@ Models with several layers run with `ghostneigh 1`: features of ghosts are compu
 import pickle
 import re
 import subprocess
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -179,10 +178,12 @@ def test_two_layers_need_enough_ghosts(tmp_path, real_lammps, ranks):
 def test_a_table_too_large_is_refused_before_it_is_allocated(tmp_path, real_lammps, ranks):
     text = write_input(tmp_path, make_potential())
     (tmp_path / "in.lmp").write_text(text.replace("read_data atoms.data", LATTICE))
-    start = time.monotonic()
-    done = run_real(real_lammps, tmp_path, ranks)
-    assert time.monotonic() - start < 45
-    refused(done, "keeps a table of atoms times pairs", "for 60000 atoms", "lmp -sf py")
+    refused(
+        run_real(real_lammps, tmp_path, ranks),
+        "keeps a table of atoms times pairs",
+        "for 60000 atoms",
+        "lmp -sf py",
+    )
 
 
 def test_units_lj_are_refused(tmp_path, real_lammps):

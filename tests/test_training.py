@@ -172,8 +172,9 @@ def test_time_limit(configure):
 
 def test_divergence_is_told(configure):
     config = read_config(configure())
-    trainer, parts = prepare(config, {k: read_dataset(getattr(config.data, k))
-                                      for k in ("train", "valid")})
+    trainer, parts = prepare(
+        config, {k: read_dataset(getattr(config.data, k)) for k in ("train", "valid")}
+    )
     parts["train"][0].batch.r_ij[0] = torch.nan
     with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1: lower learning_rate"):
         trainer.fit()
@@ -183,8 +184,9 @@ def test_divergence_is_told(configure):
 def test_gradient_of_the_loss(configure, weights):
     """Double backward against central differences, each term alone, float64."""
     config = read_config(configure(training={"dtype": "float64"}))
-    trainer, parts = prepare(config, {k: read_dataset(getattr(config.data, k))
-                                      for k in ("train", "valid")})
+    trainer, parts = prepare(
+        config, {k: read_dataset(getattr(config.data, k)) for k in ("train", "valid")}
+    )
     # Wide Huber bounds: finite differences must not straddle the kink.
     settings = TrainingConfig(weights=weights, huber=Terms(1e3, 1e3, 1e3), dtype="float64")
     labels = next(minibatches(parts["train"][:4], 100))
