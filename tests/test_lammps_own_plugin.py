@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from lammps_helpers import environment, launch, needs_lammps, results, write_crystal
-from lammps_real import thermo_tables
+from lammps_real import EXAMPLE, thermo_tables, write_example
 from test_lammps_model import SCRIPT, assert_same, make_potential, read_structure
 
 from lammps_interface import export_mliap
@@ -34,10 +34,8 @@ def test_several_layers_are_exchanged(tmp_path, real_lammps, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_the_example_of_lammps_runs_unchanged(tmp_path, real_lammps, ranks):
-    name = "in.mliap.unified.lj.Ar"
-    (tmp_path / name).write_bytes((real_lammps.examples / name).read_bytes())
-    (log,) = real_lammps.examples.glob(f"log.*.mliap.unified.lj.Ar.g++.{ranks}")
-    done = run_with_plugin(real_lammps, tmp_path, ranks, name)
+    log = write_example(real_lammps, tmp_path, ranks)
+    done = run_with_plugin(real_lammps, tmp_path, ranks, EXAMPLE)
     assert done.returncode == 0, done.stdout
     assert "mliap/py: " in done.stdout
     (found,), (expected,) = thermo_tables(done.stdout), thermo_tables(log.read_text())

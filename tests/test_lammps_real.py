@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lammps_failing import FailsOnRankOne
 from lammps_helpers import TESTS, environment, lmp, needs_lammps, results, write_crystal
-from lammps_real import refused, run_real, thermo_tables
+from lammps_real import EXAMPLE, refused, run_real, thermo_tables, write_example
 from test_lammps_model import KCAL, SCRIPT, assert_same, make_potential, read_structure
 
 from lammps_interface import export_mliap
@@ -207,10 +207,8 @@ def test_an_exception_on_one_rank_ends_all(tmp_path, real_lammps):
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_the_example_of_lammps_gives_its_log(tmp_path, real_lammps, ranks):
-    name = "in.mliap.unified.lj.Ar"
-    (tmp_path / name).write_bytes((real_lammps.examples / name).read_bytes())
-    (log,) = real_lammps.examples.glob(f"log.*.mliap.unified.lj.Ar.g++.{ranks}")
-    done = run_real(real_lammps, tmp_path, ranks, name=name)
+    log = write_example(real_lammps, tmp_path, ranks)
+    done = run_real(real_lammps, tmp_path, ranks, name=EXAMPLE)
     assert done.returncode == 0, done.stdout
     (found,), (expected,) = thermo_tables(done.stdout), thermo_tables(log.read_text())
     np.testing.assert_array_equal(found, expected)
