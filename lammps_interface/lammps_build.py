@@ -237,11 +237,11 @@ def _build(
         lammps_check.check(checked, plan.packages, log)
         shutil.copy(log, root / "build.log")
         _swap(root, folder)
-        if options.keep_source:
+    finally:
+        if options.keep_source:  # also of a build that failed, to look into
             kept = folder.with_name(f"source-{folder.name}")
             shutil.rmtree(kept, ignore_errors=True)
             partial.rename(kept)
-    finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 

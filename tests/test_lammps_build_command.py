@@ -255,6 +255,22 @@ def test_builds_that_fail_say_why_and_leave_no_trace(machine, monkeypatch, varia
     assert {path.suffix for path in (machine / "cache" / "lammps").iterdir()} == {".lock", ".log"}
 
 
+@needs_lammps
+@pytest.mark.parametrize("crash", ["", "no MPI"])
+def test_sources_and_objects_can_be_kept(machine, monkeypatch, crash):
+    tree = fakes.write_tree(machine / "tree")
+    monkeypatch.setenv("FAKE_CRASH", crash)
+    if crash:
+        with pytest.raises(BuildError, match="no MPI"):
+            build(tree, keep_source=True)
+    else:
+        build(tree, keep_source=True)
+    (kept,) = (machine / "cache" / "lammps").glob("source-*")
+    assert (kept / "source" / "src" / "pair.h").is_file()
+    assert (kept / "build" / "lmp").is_file()
+    assert (find_built() is None) == bool(crash)
+
+
 def test_a_cache_that_cannot_be_written(machine, monkeypatch):
     (machine / "file").touch()
     monkeypatch.setenv("MD_PLUGIN_CACHE", str(machine / "file"))
