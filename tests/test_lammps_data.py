@@ -156,6 +156,35 @@ def test_hosts_equal_python(kind, n_interactions):
     np.testing.assert_allclose(data.folded_forces(), expected.forces.numpy(), atol=1e-12)
 
 
+class KokkosHostData(PlainData):
+    """As KOKKOS on a CPU hands it over: an exchange, and `eatoms` that can only be written into."""
+
+    __module__ = "mliap_unified_couple_kokkos"
+    forward_exchange = ExchangingData.forward_exchange
+    reverse_exchange = ExchangingData.reverse_exchange
+    nlocal = ExchangingData.nlocal
+
+    def __init__(self, structure):
+        super().__init__(structure)
+        self._eatoms = np.zeros(self.n)
+
+    @property
+    def eatoms(self):
+        return self._array(self._eatoms)
+
+
+def test_kokkos_on_a_cpu_runs_one_layer_and_refuses_more():
+    crystal, model = structure(), potential(1)
+    data = KokkosHostData(crystal)
+    assert coupling_of(data) == faults.KOKKOS_HOST
+    evaluate(model, data)
+    expected = model.evaluate(crystal)
+    np.testing.assert_allclose(data.eatoms, expected.atom_energy.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(data.folded_forces(), expected.forces.numpy(), atol=1e-12)
+    with pytest.raises(ValueError, match=r"overruns its buffers.*lmp -sf py"):
+        evaluate(potential(2), KokkosHostData(crystal))
+
+
 class CudaData(ExchangingData):
     """As KOKKOS hands it over: arrays on the GPU."""
 
