@@ -149,7 +149,7 @@ def calls(monkeypatch):
         return called
 
     monkeypatch.setattr("md_plugin.training.train_from_config", note("train"))
-    monkeypatch.setattr("lammps_interface.mliap.export_mliap", note("export"))
+    monkeypatch.setattr("lammps_interface.export.export_mliap", note("export"))
     monkeypatch.setattr("lammps_interface.host.run", note("lmp", 7))
     return found
 
@@ -167,7 +167,7 @@ def test_export(calls, capsys):
     arguments = ["export", "ta", "-o", "model.pt", "--dtype", "float64", "--device", "cpu"]
     assert cli.main(arguments) == 0
     settings = {"dtype": "float64", "device": "cpu", "backend": None}
-    assert calls == [("export", ("ta", Path("model.pt")), settings)]
+    assert calls == [("export", (["ta"], Path("model.pt")), settings)]
     assert "    pair_style mliap unified model.pt 0\n" in capsys.readouterr().out
 
 
