@@ -11,8 +11,7 @@ import re
 from pathlib import Path
 
 from lammps_interface.build import BuildError, Target, mpi_include
-
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+from lammps_interface.lammps_source import MONTHS
 
 
 def target_of(
