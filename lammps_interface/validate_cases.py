@@ -237,7 +237,9 @@ def reference_energies(potential: Potential, species: NDArray[np.int64]) -> Floa
         members = [reference_energies(member, species) for member in potential.members]
         mean: FloatArray = np.mean(members, axis=0)
         return mean
-    config = potential.model.config
-    known = config.reference_energies or (0.0,) * len(config.species)
-    table = dict(zip(config.species, known, strict=True))
-    return np.array([table[int(z)] for z in species])
+    found = np.zeros(len(species))
+    for part in potential.model.parts:
+        known = part.config.reference_energies or (0.0,) * len(part.species)
+        table = dict(zip(part.species, known, strict=True))
+        found += [table[int(z)] for z in species]
+    return found

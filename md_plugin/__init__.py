@@ -13,10 +13,14 @@ _HOME = {
     "Committee": "md_plugin.committee",
     "HipnnCalculator": "md_plugin.calculator",
     "Hipnn": "md_plugin.model.hipnn",
-    "HipnnConfig": "md_plugin.model.hipnn",
+    "HipnnConfig": "md_plugin.model.config",
     "Pairs": "md_plugin.pairs",
     "Potential": "md_plugin.potential",
     "Structure": "md_plugin.neighbours",
+    "export_hippynn": "md_plugin.hippynn_io",
+    "from_hippynn": "md_plugin.hippynn_io",
+    "import_hippynn": "md_plugin.hippynn_io",
+    "to_hippynn": "md_plugin.hippynn_io",
     "load_model": "md_plugin.checkpoint",
     "save_model": "md_plugin.checkpoint",
     "neighbour_pairs": "md_plugin.neighbours",
@@ -34,11 +38,15 @@ __all__ = [
     "Potential",
     "Structure",
     "__version__",
+    "export_hippynn",
+    "from_hippynn",
     "get_backend",
+    "import_hippynn",
     "list_backends",
     "load_model",
     "neighbour_pairs",
     "save_model",
+    "to_hippynn",
     "use_backend",
 ]
 
@@ -46,8 +54,10 @@ if TYPE_CHECKING:
     from md_plugin.calculator import HipnnCalculator
     from md_plugin.checkpoint import load_model, save_model
     from md_plugin.committee import Committee
+    from md_plugin.hippynn_io import export_hippynn, from_hippynn, import_hippynn, to_hippynn
     from md_plugin.kernels import get_backend, list_backends, use_backend
-    from md_plugin.model.hipnn import Hipnn, HipnnConfig
+    from md_plugin.model.config import HipnnConfig
+    from md_plugin.model.hipnn import Hipnn
     from md_plugin.neighbours import Structure, neighbour_pairs
     from md_plugin.pairs import Pairs
     from md_plugin.potential import Potential

@@ -27,9 +27,10 @@ from ase.build import bulk
 from torch import Tensor
 
 from md_plugin.calculator import HipnnCalculator
-from md_plugin.hippynn_import import hippynn_energy_node
+from md_plugin.hippynn_io import to_hippynn
 from md_plugin.kernels import get_backend, reference
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.neighbours import neighbour_pairs
 from md_plugin.pairs import Pairs
 from md_plugin.potential import Potential
@@ -225,7 +226,7 @@ def _calculators(model: Hipnn, atoms: Atoms) -> tuple[Atoms, Atoms]:
 
     ours, peer = atoms.copy(), atoms.copy()
     ours.calc = HipnnCalculator(Potential(model, dtype="float32"), skin=1.0)
-    peer.calc = HippynnCalculator(hippynn_energy_node(model), en_unit=units.eV, skin=1.0)
+    peer.calc = HippynnCalculator(to_hippynn(model), en_unit=units.eV, skin=1.0)
     peer.calc.to(torch.float32)
     return ours, peer
 

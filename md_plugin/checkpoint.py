@@ -3,7 +3,8 @@
     safetensors            parameters by name, in the dtype in which they were trained
     header["md_plugin"]    JSON: format_version, units, config (HipnnConfig), info (training
                            summary, closest distance, origin), hash (SHA-256 of all this and of
-                           the tensors)
+                           the tensors). A sum of networks has a list "networks" of such configs
+                           in place of "config".
 
 A file of a newer format is refused; one of an older format is brought up by the functions in
 `_UPDATES`, one per version.
@@ -22,12 +23,14 @@ import torch
 from torch import Tensor
 
 from md_plugin.committee import Committee
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn, HipnnSum
 from md_plugin.potential import Potential
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KEY = "md_plugin"
-_UPDATES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+# Version 2 added fields to HipnnConfig, whose defaults are what version 1 meant, and sums.
+_UPDATES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda header: header}
 
 
 class CheckpointError(ValueError):
@@ -35,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 def save_model(
-    path: str | Path, model: Potential | Hipnn, info: Mapping[str, Any] | None = None
+    path: str | Path, model: Potential | Hipnn | HipnnSum, info: Mapping[str, Any] | None = None
 ) -> None:
     """Write a `.hipnn` file, whole or not at all.
 
@@ -54,7 +57,9 @@ def save_model(
         partial.unlink(missing_ok=True)
 
 
-def model_bytes(model: Potential | Hipnn, info: Mapping[str, Any] | None = None) -> bytes:
+def model_bytes(
+    model: Potential | Hipnn | HipnnSum, info: Mapping[str, Any] | None = None
+) -> bytes:
     """The content of a `.hipnn` file, which holds one model."""
     from safetensors.torch import save
 
@@ -66,7 +71,7 @@ def model_bytes(model: Potential | Hipnn, info: Mapping[str, Any] | None = None)
     header = {
         "format_version": FORMAT_VERSION,
         "units": {"energy": "eV", "length": "angstrom"},
-        "config": network.config.to_dict(),
+        **_architecture(network),
         "info": merged,
     }
     header = json.loads(json.dumps(header))  # what a reader will see: lists, string keys
@@ -128,11 +133,24 @@ def load_model_bytes(
         )
     header = _updated(header)
     with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw no numbers
-        network = Hipnn(HipnnConfig(**header["config"]), backend=backend)
+        network = _network(header, backend)
     # In the dtype of the file: float32 parameters would round what was trained in float64.
-    network.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
+    dtypes = [tensor.dtype for name, tensor in tensors.items() if "readouts" in name]
+    network.to(max(dtypes, key=lambda dtype: dtype.itemsize)).load_state_dict(tensors)
     network.eval().requires_grad_(False)
     return Potential(network, device=device, dtype=dtype, info=header["info"])
+
+
+def _architecture(network: Hipnn | HipnnSum) -> dict[str, Any]:
+    if isinstance(network, HipnnSum):
+        return {"networks": [part.config.to_dict() for part in network.parts]}
+    return {"config": network.config.to_dict()}
+
+
+def _network(header: Mapping[str, Any], backend: str | None) -> Hipnn | HipnnSum:
+    if "networks" not in header:
+        return Hipnn(HipnnConfig(**header["config"]), backend=backend)
+    return HipnnSum([Hipnn(HipnnConfig(**c), backend=backend) for c in header["networks"]])
 
 
 def read_header(source: str | Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from md_plugin.elements import symbols
 from md_plugin.evaluation import Evaluation, segment_sum
 from md_plugin.halo import Halo, MomentHalo, NoHalo
 from md_plugin.kernels.registry import get_backend
-from md_plugin.model.hipnn import Hipnn
+from md_plugin.model.hipnn import Hipnn, HipnnSum
 from md_plugin.neighbours import Batch, Structure
 from md_plugin.pairs import Pairs
 
@@ -50,7 +50,7 @@ class Potential:
 
     def __init__(
         self,
-        model: Hipnn,
+        model: Hipnn | HipnnSum,
         *,
         device: str | torch.device = "cpu",
         dtype: str = "mixed",
@@ -68,12 +68,12 @@ class Potential:
     @property
     def species(self) -> tuple[int, ...]:
         """Atomic numbers that the model knows."""
-        return self.model.config.species
+        return self.model.species
 
     @property
     def rcut(self) -> float:
         """Cutoff, Å."""
-        return self.model.config.rcut
+        return self.model.rcut
 
     @property
     def n_exchanges(self) -> int:
@@ -82,8 +82,8 @@ class Potential:
 
     @property
     def n_feat(self) -> int:
-        """Features per atom in an exchange."""
-        return self.model.config.n_feat
+        """Features per atom in an exchange, at most."""
+        return self.model.n_feat
 
     def evaluate(
         self, structures: Structure | Sequence[Structure] | Batch, *, forces: bool = True
@@ -209,12 +209,13 @@ class Potential:
             )
 
     def __repr__(self) -> str:
-        c = self.model.config
-        kind = ("HIP-NN", "HIP-NN-TS vector", "HIP-NN-TS quadrupole")[c.order]
+        parts = self.model.parts
+        kinds = " + ".join(part.config.kind for part in parts)
+        layers = " + ".join(str(part.config.n_interactions) for part in parts)
         chosen = get_backend(self.model.backend, self.device).name
         return (
-            f"Potential({kind}, {symbols(c.species)}, {c.n_interactions} interaction layers, "
-            f"rcut={c.rcut} Å, dtype={self.dtype!r}, device={str(self.device)!r}, "
+            f"Potential({kinds}, {symbols(self.species)}, {layers} interaction layers, "
+            f"rcut={self.rcut} Å, dtype={self.dtype!r}, device={str(self.device)!r}, "
             f"backend={chosen!r})"
         )
 

@@ -31,7 +31,8 @@ from md_plugin.data import (
     minibatches,
     read_dataset,
 )
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
 from md_plugin.training_config import Config, ConfigError, read_config
 from md_plugin.training_loop import Trainer
@@ -92,7 +93,9 @@ def prepare(
     start = None if config.start_from is None else load_model(config.start_from, device="cpu")
     if start is not None:
         start.check_species(np.array(train.species))
-    model_config = _model_config(config, train) if start is None else start.model.config
+        if len(start.model.parts) > 1:
+            raise ConfigError(f"{config.start_from} is a sum of networks: train each by itself")
+    model_config = _model_config(config, train) if start is None else start.model.parts[0].config
     parts = {name: label_batches(dataset, model_config.rcut) for name, dataset in sets.items()}
     info = {
         "r_closest": closest_distance(parts["train"]),
@@ -137,7 +140,7 @@ def _centre_energy(potential: Potential, parts: list[LabelledBatch], atoms: int)
     for labels in minibatches(parts, atoms):
         energy = potential.evaluate(labels.batch, forces=False).energy
         residual.append((labels.energy - energy) / labels.batch.n_atoms)
-    last = potential.model.readouts[-1]
+    last = potential.model.parts[0].readouts[-1]
     assert isinstance(last, nn.Linear)
     with torch.no_grad():
         last.bias.add_(torch.cat(residual).median())

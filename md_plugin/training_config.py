@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from md_plugin.data import Keys
-from md_plugin.model.hipnn import HipnnConfig
+from md_plugin.model.config import HipnnConfig
 
 
 class ConfigError(ValueError):

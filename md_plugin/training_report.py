@@ -49,7 +49,7 @@ def report(
         },
         "r_closest": best.info.get("r_closest"),
         "data": {name: {"file": d.path.name, "sha256": d.digest} for name, d in sets.items()},
-        "model": best.model.config.to_dict(),
+        "model": best.model.parts[0].config.to_dict(),
         "n_parameters": sum(p.numel() for p in best.model.parameters()),
     }
     output = config.output

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.neighbours import Structure
 from md_plugin.potential import Potential
 

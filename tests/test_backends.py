@@ -22,7 +22,8 @@ from md_plugin.kernels import (
     use_backend,
 )
 from md_plugin.kernels.closure import SumKernels
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.pairs import Pairs
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from md_plugin import HipnnCalculator
 from md_plugin.checkpoint import load_model, save_model
 from md_plugin.cli import main
 from md_plugin.committee import Committee, energy_std, force_std
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
 
 

@@ -31,9 +31,9 @@ FLOORS = {
         "kernels.cupy_gpu",
     ),
     2: ("kernels", "kernels.closure", "kernels.registry"),
-    3: ("model", "model.radial", "model.interaction", "model.hipnn", "neighbours", "evaluation"),
+    3: ("model", "model.*", "neighbours", "evaluation"),
     4: ("potential", "committee"),
-    5: ("checkpoint", "hippynn_import"),
+    5: ("checkpoint", "hippynn_io", "hippynn_io.*"),
     6: (
         "calculator",
         "data",
@@ -70,7 +70,7 @@ ROOMS = {
     "triton": ("md_plugin.kernels.triton_gpu",),
     "cupy": ("md_plugin.kernels.cupy_gpu",),
     "safetensors": ("md_plugin.checkpoint",),
-    "hippynn": ("md_plugin.hippynn_import", "md_plugin.bench*"),
+    "hippynn": ("md_plugin.hippynn_io*", "md_plugin.bench*"),
     "yaml": ("md_plugin.training_config",),
     "rich": (
         "md_plugin.cli",

@@ -14,7 +14,8 @@ from lammps_interface.mliap import HipnnMLIAP
 from lammps_interface.plugin_data import PluginData
 from lammps_interface.view import View, view_at
 from md_plugin.checkpoint import model_bytes
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.neighbours import neighbour_pairs
 from md_plugin.potential import Potential, Structure
 

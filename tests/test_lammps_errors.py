@@ -12,7 +12,8 @@ from lammps_objects import LJ, Faulty, Foreign, Lossy
 from lammps_interface import export_mliap
 from lammps_interface.mliap import HipnnMLIAP
 from md_plugin.checkpoint import model_bytes
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn
 
 pytestmark = needs_lammps
 

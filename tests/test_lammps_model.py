@@ -6,7 +6,8 @@ import torch
 from lammps_helpers import lmp, needs_lammps, results, write_crystal
 
 from lammps_interface import export_mliap
-from md_plugin.model.hipnn import Hipnn, HipnnConfig
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential, Structure
 
 pytestmark = needs_lammps

@@ -1,104 +1,61 @@
 """HIP-NN: the hierarchically interacting particle neural network, readable from top to bottom.
 
     z^0        one-hot species
-    z^k        block k: one interaction layer, then n_atom_layers residual atom layers
+    z^k        block k: one interaction layer, then n_atom_layers atom layers
     E_i        = E_ref(species_i) + sum_k readout_k(z_i^k),        E = sum_i E_i
 
 Lubbers, Smith, Barros, J. Chem. Phys. 148, 241715 (2018); tensor sensitivities (HIP-NN-TS):
-Chigaev et al., J. Chem. Phys. 158, 184108 (2023). Layer for layer the same function as hippynn's
-Hipnn, HipnnVec, HipnnQuad with residual layers and softplus.
+Chigaev et al., J. Chem. Phys. 158, 184108 (2023); invariants (HIP-HOP-NN): Allen et al.,
+arXiv:2503.23515 (2025). Layer for layer the same function as hippynn's Hipnn, HipnnVec, HipnnQuad
+and HipHopnn.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from md_plugin.halo import Halo, NoHalo
 from md_plugin.kernels.registry import backend_choice, resolve
+from md_plugin.model.config import N_ELEMENTS, HipnnConfig, make_activation
 from md_plugin.model.interaction import InteractionLayer
-from md_plugin.model.radial import InverseGaussianSensitivity, tensor_components
+from md_plugin.model.invariants import InvariantMixing
+from md_plugin.model.radial import InverseGaussianSensitivity, TensorComponents, tensor_components
 from md_plugin.pairs import Pairs
-
-N_ELEMENTS = 119  # index 0 is no element
-
-
-@dataclass(frozen=True)
-class HipnnConfig:
-    """What defines the architecture of a `Hipnn`; JSON-serialisable.
-
-    Attributes:
-        species: atomic numbers that the model knows, ascending.
-        n_feat: features per atom in every block.
-        n_nu: sensitivities per interaction layer.
-        n_interactions: interaction blocks.
-        n_atom_layers: residual atom layers per block.
-        rcut: cutoff, Å.
-        r_min: centre of the innermost sensitivity, Å.
-        r_max: centre of the outermost sensitivity, Å.
-        order: 0 scalar (HIP-NN), 1 vector, 2 quadrupole (HIP-NN-TS).
-        cusp: regularisation of tensor norms.
-        reference_energies: energy of each species, eV; empty means zero. Kept in float64.
-    """
-
-    species: tuple[int, ...]
-    n_feat: int = 20
-    n_nu: int = 20
-    n_interactions: int = 2
-    n_atom_layers: int = 3
-    rcut: float = 6.0
-    r_min: float = 1.5
-    r_max: float = 5.5
-    order: int = 0
-    cusp: float = 1e-6
-    reference_energies: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "species", tuple(int(z) for z in self.species))
-        object.__setattr__(self, "reference_energies", tuple(map(float, self.reference_energies)))
-        if not self.species or sorted(set(self.species)) != list(self.species):
-            raise ValueError(f"species must be ascending atomic numbers, got {self.species}")
-        if not 0 < self.species[0] <= self.species[-1] < N_ELEMENTS:
-            raise ValueError(f"species must lie between 1 and {N_ELEMENTS - 1}: {self.species}")
-        if self.order not in (0, 1, 2):
-            raise ValueError(f"order must be 0, 1 or 2, got {self.order}")
-        if min(self.n_feat, self.n_nu, self.n_interactions) < 1 or self.n_atom_layers < 0:
-            raise ValueError(
-                "n_feat, n_nu and n_interactions must be at least 1, n_atom_layers at least 0"
-            )
-        if not 0 < self.r_min < self.r_max <= self.rcut < float("inf"):
-            raise ValueError(
-                f"needs 0 < r_min < r_max <= rcut, got {self.r_min}, {self.r_max}, {self.rcut} Å"
-            )
-        if len(self.reference_energies) not in (0, len(self.species)):
-            raise ValueError("reference_energies must hold one energy per species, or none")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
 
 
 class ResidualLayer(nn.Module):
-    """x -> out(softplus(hidden)) + x, where `hidden` comes from the wrapped layer.
+    """x -> out(activation(hidden)) + x, where `hidden` comes from the wrapped layer.
 
     `adjust`, a matrix without bias, fits x to the new width where that differs.
     """
 
-    def __init__(self, layer: nn.Module, n_in: int, n_out: int):
+    def __init__(self, layer: nn.Module, n_in: int, n_hidden: int, n_out: int):
         super().__init__()
         self.layer = layer
-        self.out = nn.Linear(n_out, n_out)
+        self.out = nn.Linear(n_hidden, n_out)
         self.adjust = nn.Linear(n_in, n_out, bias=False) if n_in != n_out else nn.Identity()
 
-    def forward(self, features: Tensor, *rest: Any) -> Tensor:
+    def forward(self, features: Tensor, activation: nn.Module, *rest: Any) -> Tensor:
         """Features (n_send, n_in) -> (n_recv, n_out)."""
-        hidden = softplus(self.layer(features, *rest))
+        hidden = activation(self.layer(features, *rest))
         result: Tensor = self.out(hidden) + self.adjust(features[: hidden.shape[0]])
+        return result
+
+
+class PlainLayer(nn.Module):
+    """x -> activation(layer(x)), in networks without residual layers."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, features: Tensor, activation: nn.Module, *rest: Any) -> Tensor:
+        """Features (n_send, n_in) -> (n_recv, n_out)."""
+        result: Tensor = activation(self.layer(features, *rest))
         return result
 
 
@@ -118,11 +75,12 @@ class Hipnn(nn.Module):
         self.config = config
         self.backend = backend_choice(backend)
         n_species = len(config.species)
-        widths = [n_species] + [config.n_feat] * config.n_interactions
-        self.blocks = nn.ModuleList(_block(config, n_in, n_out) for n_in, n_out in pairwise(widths))
+        self.blocks = nn.ModuleList(_block(config, k) for k in range(config.n_interactions))
         self.readouts = nn.ModuleList(
-            nn.Linear(width, 1, bias=level > 0) for level, width in enumerate(widths)
+            nn.Linear(width, 1, bias=level > 0) for level, width in enumerate(config.widths)
         )
+        self.activation = make_activation(config.activation)
+        self.components = TensorComponents(config.order) if config.n_max else None
         # Unknown elements encode as NaN: never silently wrong, and no device sync to find out.
         encoder = torch.full((N_ELEMENTS, n_species), torch.nan)
         encoder[list(config.species)] = torch.eye(n_species)
@@ -134,9 +92,29 @@ class Hipnn(nn.Module):
             self._reference_energy[list(config.species)] = known
 
     @property
+    def parts(self) -> tuple[Hipnn, ...]:
+        """The network itself: the parts of a `HipnnSum`."""
+        return (self,)
+
+    @property
+    def species(self) -> tuple[int, ...]:
+        """Atomic numbers that the network knows."""
+        return self.config.species
+
+    @property
+    def rcut(self) -> float:
+        """Cutoff, Å."""
+        return self.config.rcut
+
+    @property
     def n_exchanges(self) -> int:
         """How often the halo is filled per energy, and its adjoint called per gradient."""
         return self.config.n_interactions - 1
+
+    @property
+    def n_feat(self) -> int:
+        """Features per atom in an exchange, at most."""
+        return max(self.config.widths[1:-1], default=self.config.widths[-1])
 
     def forward(
         self,
@@ -161,7 +139,7 @@ class Hipnn(nn.Module):
         halo = halo or NoHalo()
         sums = resolve(backend, self.backend, r_ij.device)
         r = torch.linalg.vector_norm(r_ij, dim=1)
-        components = tensor_components(r_ij / r[:, None], self.config.order)
+        components = self._components(r_ij / r[:, None])
         r, components = r.to(self.encoder.dtype), components.to(self.encoder.dtype)
 
         features = self.encoder[species.long()]
@@ -170,14 +148,20 @@ class Hipnn(nn.Module):
             interaction, *atom_layers = cast(nn.ModuleList, block)
             if level > 0:
                 features = _filled(halo, features, pairs)
-            features = interaction(features, pairs, r, components, sums)
+            features = interaction(features, self.activation, pairs, r, components, sums)
             for atom_layer in atom_layers:
-                features = atom_layer(features)
+                features = atom_layer(features, self.activation)
             energy = energy + self.readouts[level + 1](features)
 
         reference = self._reference_energy[species[: pairs.n_recv].long()]
         atom_energy: Tensor = energy[:, 0].double() + reference
         return atom_energy
+
+    def _components(self, r_hat: Tensor) -> Tensor:
+        if self.components is None:
+            return tensor_components(r_hat, self.config.order)
+        found: Tensor = self.components(r_hat)
+        return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -200,12 +184,81 @@ def _filled(halo: Halo, features: Tensor, pairs: Pairs) -> Tensor:
     return filled
 
 
-def _block(config: HipnnConfig, n_in: int, n_out: int) -> nn.ModuleList:
-    sensitivity = InverseGaussianSensitivity(config.n_nu, config.r_min, config.r_max, config.rcut)
-    interaction = InteractionLayer(n_in, n_out, sensitivity, config.order, config.cusp)
-    layers: list[nn.Module] = [ResidualLayer(interaction, n_in, n_out)]
-    for _ in range(config.n_atom_layers):
-        linear = nn.Linear(n_out, n_out)
+def _block(c: HipnnConfig, number: int) -> nn.ModuleList:
+    n_in, n_out = c.widths[number : number + 2]
+    n_hidden = c.hidden_widths[number]
+    sensitivity = InverseGaussianSensitivity(
+        c.n_nu, c.r_min, c.r_max, c.rcut, c.n_gaussians, c.pair_cutoff
+    )
+    mixing = InvariantMixing(n_hidden, c.n_max, c.order, c.norm_eps) if c.n_max else None
+    first = InteractionLayer(n_in, n_hidden, sensitivity, c.order, c.cusp, mixing)
+    layers = [_layer(c, first, n_in, n_hidden, n_out)]
+    for _ in range(c.n_atom_layers):
+        linear = nn.Linear(n_out, n_hidden)
         nn.init.xavier_normal_(linear.weight)
-        layers.append(ResidualLayer(linear, n_out, n_out))
+        layers.append(_layer(c, linear, n_out, n_hidden, n_out))
     return nn.ModuleList(layers)
+
+
+def _layer(c: HipnnConfig, inner: nn.Module, n_in: int, n_hidden: int, n_out: int) -> nn.Module:
+    return ResidualLayer(inner, n_in, n_hidden, n_out) if c.residual else PlainLayer(inner)
+
+
+class HipnnSum(nn.Module):
+    """Several networks whose energies add up; wherever a `Hipnn` fits.
+
+    Args:
+        networks: at least two, for the same species. Each keeps its cutoff.
+
+    Raises:
+        ValueError: fewer than two networks, or of different species.
+    """
+
+    def __init__(self, networks: Sequence[Hipnn]):
+        super().__init__()
+        if len(networks) < 2:
+            raise ValueError(f"a sum needs at least two networks, got {len(networks)}")
+        if len({network.species for network in networks}) > 1:
+            raise ValueError(
+                "the networks of a sum must know the same species: "
+                + "; ".join(str(network.species) for network in networks)
+            )
+        self.networks = nn.ModuleList(networks)
+        self.backend = networks[0].backend
+
+    @property
+    def parts(self) -> tuple[Hipnn, ...]:
+        """The networks."""
+        return tuple(cast(Hipnn, network) for network in self.networks)
+
+    @property
+    def species(self) -> tuple[int, ...]:
+        """Atomic numbers that the networks know."""
+        return self.parts[0].species
+
+    @property
+    def rcut(self) -> float:
+        """Largest cutoff, Å."""
+        return max(part.rcut for part in self.parts)
+
+    @property
+    def n_exchanges(self) -> int:
+        """Exchanges of the deepest network; each network makes its own."""
+        return max(part.n_exchanges for part in self.parts)
+
+    @property
+    def n_feat(self) -> int:
+        """Features per atom in an exchange, at most."""
+        return max(part.n_feat for part in self.parts)
+
+    def forward(
+        self,
+        species: Tensor,
+        pairs: Pairs,
+        r_ij: Tensor,
+        halo: Halo | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Energy of each receiver (n_recv,) float64, eV; see `Hipnn.forward`."""
+        energies = [part(species, pairs, r_ij, halo, backend) for part in self.parts]
+        return torch.stack(energies).sum(dim=0)

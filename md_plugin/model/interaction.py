@@ -10,6 +10,10 @@ t_c are the tensor components of `radial.tensor_components`; the norm of a trace
 tensor Q is the Frobenius norm, Q:Q = 2 (xx^2 + xy^2 + xz^2 + yy^2 + yz^2 + xx yy). `cusp` keeps
 the square root smooth where a tensor vanishes by symmetry. HIP-NN-TS: Chigaev et al.,
 J. Chem. Phys. 158, 184108 (2023), eqs. 10-16.
+
+HIP-HOP-NN forms more invariants than the norms, see `md_plugin.model.invariants`:
+
+    out[i, b]        = mixed invariants of m[i, :, :]  +  sum_a W[b, a] z[i, a] + bias[b]
 """
 
 from __future__ import annotations
@@ -18,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from md_plugin.kernels.registry import Backend
+from md_plugin.model.invariants import InvariantMixing
 from md_plugin.model.radial import N_COMPONENTS, InverseGaussianSensitivity
 from md_plugin.pairs import Pairs
 
 
 class InteractionLayer(nn.Module):
-    """One scalar (order 0), vector (1) or quadrupole (2) interaction layer, before activation.
+    """One interaction layer of a tensor order, before activation.
 
     Args:
         n_in: features that come in.
@@ -31,6 +36,7 @@ class InteractionLayer(nn.Module):
         sensitivity: the layer's own radial functions.
         order: highest tensor order.
         cusp: regularisation of the norms, in squared feature units.
+        mixing: takes the place of the norms.
     """
 
     def __init__(
@@ -40,18 +46,20 @@ class InteractionLayer(nn.Module):
         sensitivity: InverseGaussianSensitivity,
         order: int = 0,
         cusp: float = 1e-6,
+        mixing: InvariantMixing | None = None,
     ):
         super().__init__()
         self.order, self.cusp = order, cusp
         self.sensitivity = sensitivity
-        n_nu = sensitivity.mu.numel()
+        n_nu = sensitivity.n_nu
         self.weight = nn.Parameter(torch.empty(n_nu, n_in, n_out))
         nn.init.normal_(self.weight, std=(2.0 / (n_nu * (n_in + n_out))) ** 0.5)
         self.self_interaction = nn.Linear(n_in, n_out)
         nn.init.xavier_normal_(self.self_interaction.weight)
-        if order >= 1:
+        self.mixing = mixing
+        if order >= 1 and mixing is None:
             self.vector_scale = nn.Parameter(torch.randn(n_out))
-        if order >= 2:
+        if order >= 2 and mixing is None:
             self.quadrupole_scale = nn.Parameter(torch.randn(n_out))
 
     def forward(
@@ -63,7 +71,7 @@ class InteractionLayer(nn.Module):
             features: (n_send, n_in), ghosts filled.
             pairs: who sees whom.
             r: (n_pair,) distances, Å.
-            components: (n_pair, 1 | 4 | 9) tensor components of the unit vectors.
+            components: (n_pair, 1 | 4 | 9 | 16) tensor components of the unit vectors.
             backend: computes the sum over neighbours.
         """
         n_nu, n_in, n_out = self.weight.shape
@@ -75,7 +83,13 @@ class InteractionLayer(nn.Module):
         mixed = env.reshape(-1, n_nu * n_in) @ self.weight.reshape(n_nu * n_in, n_out)
         mixed = mixed.reshape(-1, n_tensor, n_out)
 
-        out: Tensor = mixed[:, 0] + self.self_interaction(features[: pairs.n_recv])
+        combined = self._norms(mixed) if self.mixing is None else self.mixing(mixed)
+        out: Tensor = combined + self.self_interaction(features[: pairs.n_recv])
+        return out
+
+    def _norms(self, mixed: Tensor) -> Tensor:
+        """Tensors (n_recv, n_tensor, n_out) -> (n_recv, n_out), the sum of scaled norms."""
+        out = mixed[:, 0]
         if self.order >= 1:
             square = mixed[:, 1:4].square().sum(dim=1)
             out = out + self.vector_scale * torch.sqrt(square + self.cusp)

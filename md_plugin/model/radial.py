@@ -2,6 +2,7 @@
 
     cutoff(r)  = cos^2(pi r / (2 rcut))   for r < rcut, else exactly 0
     s_nu(r)    = exp(-(sigma_nu (1/r - 1/mu_nu))^2 / 2) cutoff(r)
+    s_nu(r)    = sum_k g_k(r) matching[k, nu]      where a bottleneck makes n_nu of n_gaussians g_k
 
 Gaussians in inverse distance with trainable centres mu (Å) and inverse widths sigma (Å), under a
 squared-cosine cutoff: Lubbers, Smith, Barros, J. Chem. Phys. 148, 241715 (2018), eqs. 6-8.
@@ -9,41 +10,66 @@ squared-cosine cutoff: Lubbers, Smith, Barros, J. Chem. Phys. 148, 241715 (2018)
     tensors    1;  r_hat;  r_hat r_hat^T - 1/3        (components of order 0, 1, 2)
 
 The traceless quadrupole is stored as its xx, xy, xz, yy, yz elements (zz follows from the trace):
-Chigaev et al., J. Chem. Phys. 158, 184108 (2023).
+Chigaev et al., J. Chem. Phys. 158, 184108 (2023). HIP-HOP-NN goes on to order 3, whose traceless
+tensor has the elements xxx, xxy, xxz, xyy, xyz, yyy, yyz.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import threshold
 
+from md_plugin.model.invariants import monomials, projection
+
 # Gaussians below exp(-80) = 2e-35 are exactly zero: the sums skip zeros, and denormal numbers,
 # which float32 would have from exp(-88) on, slow every product down several times.
 FAR = -80.0
-N_COMPONENTS = (1, 4, 9)  # by order: scalar; + vector; + traceless quadrupole
+N_COMPONENTS = (1, 4, 9, 16)  # by order: scalar; + vector; + quadrupole; + octupole
 
 
-def cutoff(r: Tensor, rcut: float) -> Tensor:
-    """Squared-cosine cutoff of distances r (n_pair,); exactly zero from rcut on."""
+def cutoff(r: Tensor, rcut: float, end: float | None = None) -> Tensor:
+    """Squared-cosine cutoff of distances r (n_pair,); exactly zero from `end` on, or from rcut."""
     inside = torch.cos(r * (0.5 * math.pi / rcut)).square()
-    return torch.where(r < rcut, inside, torch.zeros_like(inside))
+    return torch.where(r < (end or rcut), inside, torch.zeros_like(inside))
 
 
 class InverseGaussianSensitivity(nn.Module):
-    """Sensitivities s_nu(r); trainable `mu` and `sigma`, each (n_nu,), in Å.
+    """Sensitivities s_nu(r); trainable `mu` and `sigma`, each one number per Gaussian, in Å.
 
     The centres start evenly spaced in 1/r between r_min and r_max; the inverse width starts at
-    2 n_nu r_min, which makes neighbouring Gaussians overlap (hippynn's starting point).
+    2 n r_min for n Gaussians, which makes neighbours overlap (hippynn's starting point).
+
+    Args:
+        n_nu: sensitivities.
+        r_min: centre of the innermost Gaussian at the start, Å.
+        r_max: centre of the outermost Gaussian at the start, Å.
+        rcut: cutoff, Å.
+        n_gaussians: Gaussians of which a trainable matrix makes the sensitivities; None: n_nu, and
+            no matrix.
+        end: distance from which on all is zero, if before rcut, Å.
     """
 
-    def __init__(self, n_nu: int, r_min: float, r_max: float, rcut: float):
+    def __init__(
+        self,
+        n_nu: int,
+        r_min: float,
+        r_max: float,
+        rcut: float,
+        n_gaussians: int | None = None,
+        end: float | None = None,
+    ):
         super().__init__()
-        self.rcut = rcut
-        self.mu = nn.Parameter(1.0 / torch.linspace(1.0 / r_max, 1.0 / r_min, n_nu))
-        self.sigma = nn.Parameter(torch.full((n_nu,), 2.0 * n_nu * r_min))
+        self.n_nu, self.rcut, self.end = n_nu, rcut, end
+        n = n_gaussians or n_nu
+        self.mu = nn.Parameter(1.0 / torch.linspace(1.0 / r_max, 1.0 / r_min, n))
+        self.sigma = nn.Parameter(torch.full((n,), 2.0 * n * r_min))
+        self.matching: nn.Parameter | None = None
+        if n_gaussians is not None:
+            self.matching = nn.Parameter(nn.init.orthogonal_(torch.empty(n, n_nu)))
 
     def forward(self, r: Tensor) -> Tensor:
         """Distances (n_pair,) in Å -> sense (n_pair, n_nu)."""
@@ -51,7 +77,46 @@ class InverseGaussianSensitivity(nn.Module):
             (-self.sigma / self.mu)[None, :], r.reciprocal()[:, None], self.sigma[None, :]
         )
         exponent = threshold(-0.5 * scaled.square(), FAR, -torch.inf)
-        return torch.exp(exponent) * cutoff(r, self.rcut)[:, None]
+        sense = torch.exp(exponent) * cutoff(r, self.rcut, self.end)[:, None]
+        return sense if self.matching is None else sense @ self.matching
+
+
+class TensorComponents(nn.Module):
+    """Unit vectors -> components of their traceless tensors, for HIP-HOP-NN.
+
+    The matrices from the monomials of a vector to its tensors are stored with the model: hippynn
+    rounds them to the precision in which it was imported, and a model keeps what it was trained on.
+    They are float64 in every precision of the network.
+    """
+
+    def __init__(self, order: int):
+        super().__init__()
+        self.order = order
+        for l in range(2, order + 1):
+            self.register_buffer(f"projection_{l}", projection(l))
+
+    def forward(self, r_hat: Tensor) -> Tensor:
+        """(n_pair, 3) -> (n_pair, 1 | 4 | 9 | 16)."""
+        parts = [torch.ones_like(r_hat[:, :1]), r_hat][: self.order + 1]
+        products = r_hat
+        for l in range(2, self.order + 1):
+            products = _next_monomials(products, r_hat, l)
+            matrix: Tensor = getattr(self, f"projection_{l}")
+            parts.append(products @ matrix.to(products.dtype))
+        return torch.cat(parts, dim=1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        device = fn(torch.empty(0)).device
+        for name, matrix in self.named_buffers():
+            setattr(self, name, matrix.to(device))
+        return self
+
+
+def _next_monomials(products: Tensor, r_hat: Tensor, order: int) -> Tensor:
+    """Monomials of one order less (n_pair, ...) -> those of `order`."""
+    lower = {m: k for k, m in enumerate(monomials(order - 1))}
+    columns = [products[:, lower[m[:-1]]] * r_hat[:, m[-1]] for m in monomials(order)]
+    return torch.stack(columns, dim=1)
 
 
 def tensor_components(r_hat: Tensor, order: int) -> Tensor:
