@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from md_plugin import __version__
+from md_plugin.cli_models import add_model_commands, say
 from md_plugin.memory import keep_freed_memory
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
@@ -78,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=7)
     bench.set_defaults(command=_bench)
 
-    info = commands.add_parser("info", help="what is in a model file")
-    info.add_argument("model", help=".hipnn file or name of a bundled model")
-    info.set_defaults(command=_info)
+    add_model_commands(commands)
 
     backends = commands.add_parser("backends", help="kernels that are available, and why not")
     backends.set_defaults(command=_backends)
@@ -161,7 +160,7 @@ def _export(args: argparse.Namespace) -> None:
     export_mliap(
         args.model, args.output, dtype=args.dtype, device=args.device, backend=args.backend
     )
-    _say(
+    say(
         f"wrote {args.output}; in a LAMMPS script:\n"
         f"    pair_style mliap unified {args.output} 0\n"
         "    pair_coeff * * ELEMENT ...\n"
@@ -175,31 +174,11 @@ def _bench(args: argparse.Namespace) -> None:
     run_bench(args.atoms, args.rounds, args.output)
 
 
-def _info(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from md_plugin.checkpoint import load_model, read_header
-
-    header = read_header(args.model)
-    potential = load_model(args.model, device="cpu")
-    n_parameters = sum(p.numel() for p in potential.model.parameters())
-    table = Table("", "", title=escape(str(args.model)), show_header=False)
-    table.columns[1].overflow = "fold"  # a hash is of no use with its end cut off
-    rows: dict[str, Any] = {"parameters": n_parameters, "units": header["units"]}
-    rows |= {k: v for part in ("config", "info") for k, v in header[part].items()}
-    rows |= {"format version": header["format_version"], "hash": header["hash"]}
-    for key, value in rows.items():
-        table.add_row(escape(str(key)), escape(str(value)))
-    Console().print(table)
-
-
 def _backends(args: argparse.Namespace) -> None:
     from md_plugin.kernels import list_backends
 
     for name, reason in list_backends().items():
-        _say(f"{name:8s}{'available' if not reason else 'absent: ' + reason}")
+        say(f"{name:8s}{'available' if not reason else 'absent: ' + reason}")
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -233,7 +212,7 @@ def _lammps_build(args: argparse.Namespace) -> None:
             harness=not args.no_harness,
         )
     )
-    _say(built.summary)
+    say(built.summary)
 
 
 def _lammps_plugin(args: argparse.Namespace) -> None:
@@ -242,18 +221,11 @@ def _lammps_plugin(args: argparse.Namespace) -> None:
 
     target = target_of(args.source, args.mpi, bigbig=args.bigbig)
     folder = ensure_plugin(target)
-    _say(
+    say(
         f"pair_style mliap/py for LAMMPS {target.version}, which needs the package PLUGIN:\n"
         f"    export LAMMPS_PLUGIN_PATH={folder}\n"
         "    lmp -sf py -in in.script"
     )
-
-
-def _say(text: str) -> None:
-    """Print as it is: brackets are no markup, and lines are the terminal's business."""
-    from rich.console import Console
-
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

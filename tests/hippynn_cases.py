@@ -169,7 +169,12 @@ class Hippynn:
             warnings.simplefilter("ignore")
             energy, forces, strain, *rest = self.graph(*values)
         atom_energy = rest[0].detach().numpy().ravel() if rest else None
-        return float(energy.sum()), forces[0].detach().numpy(), strain[0].detach().numpy(), atom_energy
+        return (
+            float(energy.sum()),
+            forces[0].detach().numpy(),
+            strain[0].detach().numpy(),
+            atom_energy,
+        )
 
 
 def pick(energy, target):

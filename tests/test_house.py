@@ -46,7 +46,7 @@ FLOORS = {
         "nanodft",
         "nanodft.*",
     ),
-    7: ("cli",),
+    7: ("cli", "cli_*"),
 }
 LAZY_TO_LAMMPS = {"md_plugin.cli", "md_plugin.demo"}  # in functions only
 
@@ -73,7 +73,7 @@ ROOMS = {
     "hippynn": ("md_plugin.hippynn_io*", "md_plugin.bench*"),
     "yaml": ("md_plugin.training_config",),
     "rich": (
-        "md_plugin.cli",
+        "md_plugin.cli*",
         "md_plugin.training*",
         "md_plugin.bench*",
         "md_plugin.demo*",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from md_plugin.hippynn_io.graph import Head, NetworkPart
 from md_plugin.hippynn_io.settings import ENERGIES, HippynnError, config_of
 from md_plugin.hippynn_io.state import load_network
+from md_plugin.kernels.registry import backend_choice
 from md_plugin.model.hipnn import Hipnn, HipnnSum
 from md_plugin.neighbours import Batch, Structure
 
@@ -31,6 +32,7 @@ def build(
     target: int | None = None,
     energy: float = 1.0,
     length: float = 1.0,
+    backend: str | None = None,
 ) -> Hipnn | HipnnSum:
     """The sum of the parts as one network.
 
@@ -39,6 +41,7 @@ def build(
         target: which energy, where heads predict several.
         energy: eV per unit of energy of the parts.
         length: Å per unit of length of the parts.
+        backend: of the networks; None is settled as in `Hipnn`.
 
     Raises:
         HippynnError: weights that do not fit the settings, or several targets and no choice.
@@ -46,6 +49,7 @@ def build(
     with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw no numbers
         networks = [_rescaled(_network(part, target), energy, length) for part in parts]
         for network in networks:
+            network.backend = backend_choice(backend)
             network.eval().requires_grad_(False)
         try:
             return networks[0] if len(networks) == 1 else HipnnSum(networks)

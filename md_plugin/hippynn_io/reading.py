@@ -25,7 +25,6 @@ from md_plugin.hippynn_io.files import EXPORTED, read_settings, read_state, unpi
 from md_plugin.hippynn_io.graph import NetworkPart, choose_energy, members_of, read_energy
 from md_plugin.hippynn_io.network import kind_of
 from md_plugin.hippynn_io.settings import HippynnError
-from md_plugin.model.hipnn import Hipnn, HipnnSum
 from md_plugin.potential import Potential
 from md_plugin.units import ENERGY_UNITS, LENGTH_UNITS, unit_factor
 
@@ -70,23 +69,19 @@ def from_hippynn(
             numbers as hippynn.
         ValueError: unknown unit, device or dtype.
     """
-    if kind_of(source) == "MLIAPInterface":
+    is_mliap = kind_of(source) == "MLIAPInterface"
+    if is_mliap:
         energy_unit = _mliap_unit(source, energy_unit)
-    scale = {
-        "energy": unit_factor(energy_unit, ENERGY_UNITS),
-        "length": unit_factor(length_unit, LENGTH_UNITS),
-    }
+    scale = _scale(energy_unit, length_unit)
     potentials = []
     for member in members_of(_energy_node(source, energy, energy_only)):
         parts = read_energy(member)
-        if kind_of(source) == "MLIAPInterface":
+        if is_mliap:
             parts = _cut_by_lammps(parts, 2.0 * float(source.rcutfac))
-        difference = compare(parts, build(parts, target=target), target)
-        model = build(parts, target=target, **scale)
-        origin = _origin(parts, member.name, scale) | {"difference": difference}
+        origin = _origin(parts, member.name, scale)
+        origin["difference"] = compare(parts, build(parts, target=target), target)
+        model = build(parts, target=target, backend=backend, **scale)
         about = {**(info or {}), "origin": origin}
-        # The registry chooses where the potential will run, not where it was imported.
-        model = _with_backend(model, backend)
         potentials.append(Potential(model, device=device, dtype=dtype, info=about))
     return potentials[0] if len(potentials) == 1 else Committee(potentials)
 
@@ -143,13 +138,11 @@ def _energy_node(source: Any, name: str | None, energy_only: bool) -> Any:
     )
 
 
-def _with_backend(model: Hipnn | HipnnSum, backend: str | None) -> Hipnn | HipnnSum:
-    parts = []
-    for part in model.parts:
-        parts.append(Hipnn(part.config, backend=backend).to(part.encoder.dtype))
-        parts[-1].load_state_dict(part.state_dict())
-        parts[-1].eval().requires_grad_(False)
-    return parts[0] if len(parts) == 1 else HipnnSum(parts)
+def _scale(energy_unit: str | float, length_unit: str | float) -> dict[str, float]:
+    return {
+        "energy": unit_factor(energy_unit, ENERGY_UNITS),
+        "length": unit_factor(length_unit, LENGTH_UNITS),
+    }
 
 
 def _mliap_unit(interface: Any, energy_unit: str | float) -> str | float:
@@ -188,13 +181,12 @@ def _from_state(path: Path, settings_path: Path, **options: Any) -> Potential:
     settings, state = read_settings(settings_path), read_state(path)
     unit = options.get("energy_unit", settings.get("energy_unit", "eV"))
     length = options.get("length_unit", settings.get("length_unit", "Å"))
-    scale = {
-        "energy": unit_factor(unit, ENERGY_UNITS),
-        "length": unit_factor(length, LENGTH_UNITS),
-    }
-    parts = [part_from_state(settings, state)]
-    model = _with_backend(
-        build(parts, target=options.get("target"), **scale), options.get("backend")
+    scale = _scale(unit, length)
+    model = build(
+        [part_from_state(settings, state)],
+        target=options.get("target"),
+        backend=options.get("backend"),
+        **scale,
     )
     origin = {
         "package": "hippynn, from a state dict",

@@ -27,7 +27,10 @@ _KWARGS = {
     *("dist_hard_max", "n_interaction_layers", "n_atom_layers", "resnet", "activation"),
     *("sensitivity_type", "n_input_features"),
 }
-_NEEDED = ("possible_species", "n_features", "n_sensitivities", "dist_hard_max", "n_atom_layers")
+_NEEDED = (
+    *("possible_species", "n_features", "n_sensitivities", "dist_hard_max", "n_atom_layers"),
+    "n_interaction_layers",
+)
 _EXTRA_KWARGS = {
     "Hipnn": set(),
     "HipnnVec": {"cusp_reg"},
@@ -54,34 +57,27 @@ def config_of(settings: Mapping[str, Any]) -> tuple[HipnnConfig, list[int]]:
         raise HippynnError(f"network {kind!r} is not one of {', '.join(NETWORKS)}")
     given = dict(settings.get("module_kwargs", {}))
     known = _KWARGS | _EXTRA_KWARGS[kind]
-    unknown, missing = sorted(set(given) - known), [k for k in _NEEDED if k not in given]
-    if unknown or missing:
-        raise HippynnError(
-            f"module_kwargs of {kind}: "
-            + "; ".join(
-                f"{what} {', '.join(names)}"
-                for what, names in (("unknown", unknown), ("missing", missing))
-                if names
-            )
-        )
+    if isinstance(given.get("n_features"), list | tuple):
+        given.setdefault("n_interaction_layers", len(given["n_features"]))
+    for what, keys in (
+        ("unknown", sorted(set(given) - known)),
+        ("missing", [k for k in _NEEDED if k not in given]),
+    ):
+        if keys:
+            raise HippynnError(f"module_kwargs of {kind}: {what} {', '.join(keys)}")
     species, columns = _species(given["possible_species"])
     rcut = float(given["dist_hard_max"])
     # Where sensitivities start before training: of no consequence for trained ones.
     r_max = min(float(given.get("dist_soft_max", rcut)), rcut)
     r_min = float(given.get("dist_soft_min", 0.5 * r_max))
-    n_feat, n_interactions = given["n_features"], given.get("n_interaction_layers")
-    if isinstance(n_feat, list | tuple):
-        n_interactions = n_interactions or len(n_feat)
-    if n_interactions is None:
-        raise HippynnError(f"module_kwargs of {kind}: missing n_interaction_layers")
     resnet = given.get("resnet", True)
     is_width = not isinstance(resnet, bool)
     try:
         config = HipnnConfig(
             species=species,
-            n_feat=n_feat,
+            n_feat=given["n_features"],
             n_nu=given["n_sensitivities"],
-            n_interactions=n_interactions,
+            n_interactions=given["n_interaction_layers"],
             n_atom_layers=given["n_atom_layers"],
             rcut=rcut,
             r_min=r_min if 0 < r_min < r_max else 0.5 * r_max,

@@ -77,7 +77,9 @@ class HipnnConfig:
         for name in ("n_feat", "n_hidden"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
-                object.__setattr__(self, name, tuple(int(width) for width in value))
+                widths = tuple(int(width) for width in value)
+                alike = len(widths) == self.n_interactions and len(set(widths)) == 1
+                object.__setattr__(self, name, widths[0] if alike else widths)
         self._check_species()
         self._check_sizes()
         self._check_tensors()
