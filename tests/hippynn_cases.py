@@ -6,9 +6,21 @@ from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from ase.neighborlist import neighbor_list
 from model_helpers import to_atoms
+
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import hippynn  # noqa: F401
+except ImportError as error:
+    HIPPYNN = f"hippynn cannot be imported ({error}); it comes with pip install 'md-plugin[test]'"
+else:
+    HIPPYNN = ""
+
+needs_hippynn = pytest.mark.skipif(bool(HIPPYNN), reason=HIPPYNN)
 
 ACTIVATIONS = [
     *("CELU", "ELU", "GELU", "LeakyReLU", "Mish", "PReLU", "SELU", "SiLU", "Sigmoid"),
@@ -97,6 +109,7 @@ def draw_energy(number):
     parents = (*parents, inputs.CellNode(db_name="C"))
     kwargs = draw_kwargs(draw, kind)
     node = getattr(networks, kind)("network", parents, module_kwargs=kwargs, periodic=True)
+    node.torch_module.double()  # the maps of HIP-HOP-NN have the dtype of hippynn's import
     options = {}
     if head == "interacting":
         energy = targets.HEnergyNode("energy", node, first_is_interacting=True)

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import softplus
 
 from md_plugin.neighbours import Batch, Structure
 
@@ -63,13 +62,21 @@ def isolated_energy(model, z):
         first, *others = block
         hidden = first.layer.self_interaction(features)
         # The norm of an environment that is zero is the square root of its regularisation.
-        for scale in ("vector_scale", "quadrupole_scale")[: c.order]:
+        for scale in ("vector_scale", "quadrupole_scale")[: 0 if c.n_max else c.order]:
             hidden = hidden + getattr(first.layer, scale) * c.cusp**0.5
-        features = first.out(softplus(hidden)) + first.adjust(features)
+        if c.n_max and c.norm_eps is not None:  # invariants are zero, and remain so normalised
+            mixing = first.layer.mixing
+            hidden = hidden + torch.einsum("ma,mab->b", mixing.norm_bias, mixing.mixing)
+        features = after(first, model.activation(hidden), features)
         for other in others:
-            features = other.out(softplus(other.layer(features))) + other.adjust(features)
+            features = after(other, model.activation(other.layer(features)), features)
         energy = energy + readout(features)
     return reference + float(energy.detach())
+
+
+def after(layer, activated, features):
+    """What follows the activation of a layer."""
+    return layer.out(activated) + layer.adjust(features) if hasattr(layer, "out") else activated
 
 
 class PhysicsSuite:

@@ -6,12 +6,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from model_helpers import STRUCTURES, crystal, make_potential, molecule, slab, triclinic
-from physics_suite import PhysicsSuite, close, total_energies
+from model_helpers import STRUCTURES, crystal, make_model, make_potential, molecule, slab, triclinic
+from physics_suite import PhysicsSuite, close, isolated_energy, total_energies
 
 from md_plugin.checkpoint import bundled_models, load_model
 from md_plugin.halo import IndexHalo
 from md_plugin.kernels import list_backends
+from md_plugin.model.hipnn import HipnnSum
 from md_plugin.neighbours import Structure, neighbour_pairs
 from md_plugin.pairs import Pairs
 from md_plugin.potential import Potential
@@ -37,6 +38,45 @@ class TestHipnn(PhysicsSuite):
     @pytest.fixture(params=STRUCTURES)
     def structure(self, request):
         return STRUCTURES[request.param]()
+
+
+KINDS = {
+    "hop": {"order": 3, "n_max": 4, "norm_eps": 1e-2, "n_interactions": 2},
+    "hop, not normalised": {"order": 2, "n_max": 3, "norm_eps": None, "n_hidden": 4},
+    "widths": {"order": 1, "n_feat": (4, 6), "n_hidden": (3, 5), "activation": "Tanh"},
+    "plain": {"residual": False, "activation": "GELU", "n_gaussians": 8, "n_interactions": 1},
+}
+
+
+class TestOtherKinds(PhysicsSuite):
+    """HIP-HOP-NN, other activations and widths, bottlenecks."""
+
+    @pytest.fixture(params=KINDS)
+    def potential(self, request):
+        return make_potential(backend="torch", **KINDS[request.param])
+
+    @pytest.fixture(params=STRUCTURES)
+    def structure(self, request):
+        return STRUCTURES[request.param]()
+
+
+class TestSum(PhysicsSuite):
+    """Two networks of different kind, depth and cutoff."""
+
+    @pytest.fixture
+    def potential(self):
+        parts = make_model(order=1), make_model(n_interactions=1, rcut=2.4, r_max=2.2, seed=1)
+        return Potential(HipnnSum(parts), device="cpu", dtype="float64")
+
+    @pytest.fixture(params=STRUCTURES)
+    def structure(self, request):
+        return STRUCTURES[request.param]()
+
+    def test_isolated_atoms(self, potential):
+        for z in potential.species:
+            result = potential.evaluate(Structure(np.array([z]), np.array([[1.0, 2.0, 3.0]])))
+            parts = (isolated_energy(part, z) for part in potential.model.parts)
+            close(result.energy, sum(parts), rtol=1e-13)
 
 
 def tantalum(name):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def unpickled(path: Path) -> tuple[Any, dict[str, Any]]:
         ImportError: hippynn is not installed.
     """
     try:
-        import hippynn  # noqa: F401
+        with warnings.catch_warnings():  # torch's, about sparse tensors in hippynn
+            warnings.simplefilter("ignore")
+            import hippynn  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "hippynn is needed to read its files: pip install 'md-plugin[hippynn]'"
