@@ -81,6 +81,7 @@ def graph():
 
 def main(folder, seed=0):
     """Train, and save in all the ways."""
+    from hippynn import custom_kernels
     from hippynn.experiment import SetupParams, assemble_for_training, setup_and_train
     from hippynn.graphs import GraphModule, get_subgraph
     from hippynn.graphs.nodes.base import InputNode
@@ -117,6 +118,7 @@ def main(folder, seed=0):
     torch.save(interface, "mliap.pt")
     with open("mliap.pickle", "wb") as stream:
         pickle.dump(interface, stream)
+    custom_kernels.set_custom_kernels("_legacy")  # the others leave the smallest terms out
     atoms = alloy(100)
     atoms.calc = HippynnCalculator(energy, en_unit=1.0)
     atoms.calc.to(torch.float64)

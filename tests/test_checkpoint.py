@@ -24,7 +24,9 @@ from md_plugin.checkpoint import (
     read_header,
     save_model,
 )
+from md_plugin.model.hipnn import HipnnSum
 from md_plugin.neighbours import Structure
+from md_plugin.potential import Potential
 
 GOLDEN = Path(__file__).parent / "golden"
 DATA = model_bytes(make_model(n_feat=2, n_nu=2, n_interactions=1), {"r_closest": 0.8, "who": "me"})
@@ -288,7 +290,19 @@ def test_every_format_has_its_golden_file():
         ({"species": (1, 1)}, "species must be ascending atomic numbers"),
         ({"species": (0, 1)}, "species must lie between 1 and 118"),
         ({"species": (1, 119)}, "species must lie between 1 and 118"),
-        ({"order": 3}, "order must be 0, 1 or 2, got 3"),
+        ({"order": 3}, r"order must be 0, 1 or 2, or 3 for a model with invariants .*: got 3"),
+        ({"order": 4, "n_max": 2}, "order must be"),
+        ({"n_max": 5}, "n_max must be 0 to 4, got 5"),
+        ({"n_feat": (4, 4, 5)}, "n_feat has 3 widths for 2 interaction blocks"),
+        ({"n_hidden": (4, 0)}, "n_feat, n_hidden and n_gaussians must be at least 1"),
+        ({"n_gaussians": 0}, "n_gaussians must be at least 1"),
+        ({"n_hidden": 3, "residual": False}, "it needs residual=True"),
+        ({"pair_cutoff": 3.0}, r"pair_cutoff must lie between 0 and rcut .3.0 Å., got 3.0"),
+        ({"activation": "Sinus"}, "no activation 'Sinus'; known: CELU, ELU"),
+        ({"activation": "ELU(0.5)"}, "is not of the form Name or Name.option=value."),
+        ({"activation": "ELU(beta=0.5)"}, "activation 'ELU.beta=0.5.': .*beta"),
+        ({"activation": "__import__('os')"}, "is not of the form Name"),
+        ({"activation": "Softmax(dim=0)"}, "must act on the features of each atom: dim=1"),
         ({"n_feat": 0}, "must be at least 1"),
         ({"n_nu": 0}, "must be at least 1"),
         ({"n_interactions": 0}, "must be at least 1"),
@@ -303,6 +317,36 @@ def test_every_format_has_its_golden_file():
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
         make_model(**changes)
+
+
+def test_sums_of_networks(tmp_path):
+    parts = make_model(order=1), make_model(seed=1, n_interactions=1, rcut=2.4, r_max=2.2)
+    total = Potential(HipnnSum(parts), device="cpu", dtype="float64")
+    save_model(tmp_path / "sum.hipnn", total)
+    again = load_model(tmp_path / "sum.hipnn", device="cpu", dtype="float64")
+    structure = STRUCTURES["crystal"]()
+    found = again.evaluate(structure)
+    assert torch.equal(found.forces, total.evaluate(structure).forces)
+    alone = [Potential(p, device="cpu", dtype="float64").evaluate(structure) for p in parts]
+    torch.testing.assert_close(found.energy, sum(a.energy for a in alone), rtol=1e-14, atol=0)
+    assert (again.rcut, again.n_exchanges, again.n_feat) == (3.0, 1, 5)
+    assert [c["rcut"] for c in read_header(tmp_path / "sum.hipnn")["networks"]] == [3.0, 2.4]
+    assert "HIP-NN-TS vector + HIP-NN, H, C, O, 2 + 1 interaction layers" in repr(again)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (lambda: [make_model()], "a sum needs at least two networks, got 1"),
+        (
+            lambda: [make_model(), make_model(species=(1, 6), reference_energies=())],
+            "must know the same species: .1, 6, 8.; .1, 6.",
+        ),
+    ],
+)
+def test_impossible_sums(parts, message):
+    with pytest.raises(ValueError, match=message):
+        HipnnSum(parts())
 
 
 def test_loading_draws_no_random_numbers(tmp_path):

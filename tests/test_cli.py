@@ -13,8 +13,10 @@ from model_helpers import make_model
 import md_plugin
 from md_plugin import cli
 from md_plugin.checkpoint import bundled_models, read_header, save_model
+from md_plugin.model.hipnn import HipnnSum
 
 COMMANDS = ("train", "export", "lmp", "demo", "bench", "info", "backends")
+COMMANDS += ("import-hippynn", "export-hippynn")
 
 
 @pytest.fixture(autouse=True)
@@ -99,12 +101,14 @@ def test_info(model, capsys):
     assert cli.main(["info", str(model)]) == 0
     out = capsys.readouterr().out
     expected = {
-        "parameters": sum(p.numel() for p in make_model().parameters()),
-        "species": "[1, 6, 8]",
-        "rcut": "3.0",
+        "parameters": f"{sum(p.numel() for p in make_model().parameters()):,}",
+        "model": "HIP-NN",
+        "species": "H, C, O",
+        "cutoff": "3.0 Å",
+        "interaction layers": "2, each with 1 atom layers",
         "note": "[bold] is no markup",
-        "format version": "1",
-        "units": "{'energy': 'eV', 'length': 'angstrom'}",
+        "format version": "2",
+        "units": "eV, angstrom",
     }
     rows = [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
     table, last = {}, ""
@@ -115,6 +119,22 @@ def test_info(model, capsys):
         assert table[key] == str(value), key
     assert table["hash"] == read_header(model)["hash"]
     assert "small[1].hipnn" in out
+
+
+def test_info_of_a_sum_and_of_rare_architectures(tmp_path, capsys):
+    parts = (
+        make_model(order=3, n_max=4, n_feat=(4, 6), n_hidden=3),
+        make_model(residual=False, activation="ELU(alpha=0.5)", n_gaussians=9, pair_cutoff=2.0),
+    )
+    save_model(tmp_path / "sum.hipnn", HipnnSum(parts))
+    assert cli.main(["info", str(tmp_path / "sum.hipnn")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for text in (
+        *("network 1 of 2", "network 2 of 2", "HIP-HOP-NN (order 3, up to 4 tensors)", "4 -> 6"),
+        *("Softplus, residual, 3 wide inside", "ELU(alpha=0.5), not residual"),
+        *("6, mixed from 9 Gaussians in 1/r", "3.0 Å; pairs end at 2.0 Å"),
+    ):
+        assert text in out, text
 
 
 @pytest.mark.parametrize("name", list(bundled_models()))

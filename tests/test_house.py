@@ -27,6 +27,7 @@ FLOORS = {
     1: (
         "kernels.reference",
         "kernels.numba_cpu",
+        "kernels.simd",
         "kernels.triton_gpu",
         "kernels.cupy_gpu",
     ),
@@ -63,10 +64,12 @@ ROOMS = {
     # the kernels; elsewhere only to say how many threads they get
     "numba": (
         "md_plugin.kernels.numba_cpu",
+        "md_plugin.kernels.simd",
         "md_plugin.training*",
         "md_plugin.bench*",
         "md_plugin.demo*",
     ),
+    "llvmlite": ("md_plugin.kernels.simd",),
     "triton": ("md_plugin.kernels.triton_gpu",),
     "cupy": ("md_plugin.kernels.cupy_gpu",),
     "safetensors": ("md_plugin.checkpoint",),

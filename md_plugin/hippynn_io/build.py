@@ -75,11 +75,32 @@ def part_from_state(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Ne
     )
     head = _prefixed(state, r"layers\.0\.weight$", energy.get("prefix"))
     first = bool(energy.get("first_is_interacting", kind == "AtomizationEnergyNode"))
-    found = {v["cusp_reg"] for k, v in network.items() if k.endswith("_extra_state")}
-    if found:  # what the weights know need not be in the settings
-        kwargs = {"cusp_reg": max(found), **settings.get("module_kwargs", {})}
-        settings = {**settings, "module_kwargs": kwargs}
+    known = _known(state, network)  # what the weights tell need not be in the settings
+    if settings.get("network") not in ("HipnnVec", "HipnnQuad"):
+        known.pop("cusp_reg", None)
+    given = settings.get("module_kwargs", {})
+    listed = list(given.get("possible_species", known.get("possible_species", ())))
+    if listed != known.get("possible_species", listed):
+        raise HippynnError(
+            f"possible_species is {listed} in the settings and {known['possible_species']} in the "
+            "weights"
+        )
+    settings = {**settings, "module_kwargs": {**known, **given}}
     return NetworkPart(settings, network, [Head(1.0, kind, head, first)])
+
+
+def _known(state: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments that a state dict holds: regularisation, and species in their order."""
+    known: dict[str, Any] = {}
+    cusps = {v["cusp_reg"] for k, v in network.items() if k.endswith("_extra_state")}
+    if cusps:
+        known["cusp_reg"] = max(cusps)
+    maps = {tuple(v.tolist()) for k, v in state.items() if k.endswith("species_map")}
+    if len(maps) == 1:
+        columns = maps.pop()
+        listed = sorted((z for z, column in enumerate(columns) if column), key=columns.__getitem__)
+        known["possible_species"] = [0, *listed]
+    return known
 
 
 def _prefixed(state: Mapping[str, Any], pattern: str, prefix: str | None) -> dict[str, Any]:

@@ -110,7 +110,8 @@ class HipnnConfig:
                 raise ValueError(
                     f"{name} has {len(value)} widths for {self.n_interactions} interaction blocks"
                 )
-        if min(*self.widths, *self.hidden_widths, self.n_gaussians or 1) < 1:
+        n_gaussians = 1 if self.n_gaussians is None else self.n_gaussians
+        if min(*self.widths, *self.hidden_widths, n_gaussians) < 1:
             raise ValueError("n_feat, n_hidden and n_gaussians must be at least 1")
         if self.n_hidden is not None and not self.residual:
             raise ValueError("n_hidden is the width inside residual layers: it needs residual=True")

@@ -12,13 +12,20 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 
+# What the newest format was introduced for.
+KIND = {
+    **{"order": 3, "n_max": 4, "n_gaussians": 5},
+    **{"n_hidden": 4, "activation": "LeakyReLU(negative_slope=0.1)"},
+}
+
+
 def main():
     """Write format{N}.hipnn and format{N}.json, unless they are there."""
     from model_helpers import STRUCTURES, make_potential
 
     from md_plugin.checkpoint import FORMAT_VERSION, save_model
 
-    potential = make_potential(order=2, n_feat=3, n_nu=4, info={"r_closest": 0.75})
+    potential = make_potential(**KIND, n_feat=3, n_nu=4, info={"r_closest": 0.75})
     labels = {}
     for name, make in STRUCTURES.items():
         s, result = make(), potential.evaluate(make())
