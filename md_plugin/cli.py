@@ -46,9 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="md-plugin",
-        description="HIP-NN neural-network potentials in LAMMPS and ASE.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),
+        prog="md-plugin", description="HIP-NN neural-network potentials in LAMMPS and ASE."
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     parser.add_argument("--version", action="version", version=f"md-plugin {__version__}")

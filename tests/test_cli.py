@@ -67,7 +67,8 @@ def test_help_is_quick_and_imports_nothing_heavy():
     done, seconds = child(code, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
-    assert all(f"    {command} " in done.stdout for command in COMMANDS)
+    listed = {line.split()[0] for line in done.stdout.splitlines() if line[:4] == "    "}
+    assert listed >= set(COMMANDS)
     assert seconds < 1.5
 
 
