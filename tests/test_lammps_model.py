@@ -7,7 +7,7 @@ from lammps_helpers import lmp, needs_lammps, results, write_crystal
 
 from lammps_interface import export_mliap
 from md_plugin.model.config import HipnnConfig
-from md_plugin.model.hipnn import Hipnn
+from md_plugin.model.hipnn import Hipnn, HipnnSum
 from md_plugin.potential import Potential, Structure
 
 pytestmark = needs_lammps
@@ -37,24 +37,16 @@ write_dump all custom dump.final id type x y z fx fy fz c_ea c_sa[*] &
 """
 
 
-def make_potential(dtype="float64", n_interactions=2, order=0, rcut=4.6, seed=11):
+def make_model(rcut=4.6, seed=11, **changes):
+    """A float32 network: both precisions mean the same."""
     torch.manual_seed(seed)
-    config = HipnnConfig(
-        species=(73, 74),
-        n_feat=7,
-        n_nu=5,
-        n_interactions=n_interactions,
-        n_atom_layers=1,
-        rcut=rcut,
-        r_min=2.0,
-        r_max=rcut - 0.4,
-        order=order,
-        reference_energies=(-3.0, -4.5),
-    )
-    model = Hipnn(config)
-    # parameters that float32 holds exactly, so that both precisions mean the same network
-    model.float()
-    return Potential(model, dtype=dtype)
+    config = {"species": (73, 74), "n_feat": 7, "n_nu": 5, "n_interactions": 2, "n_atom_layers": 1}
+    config |= {"r_min": 2.0, "r_max": rcut - 0.4, "reference_energies": (-3.0, -4.5)}
+    return Hipnn(HipnnConfig(**config | {"rcut": rcut} | changes))
+
+
+def make_potential(dtype="float64", **changes):
+    return Potential(make_model(**changes), dtype=dtype)
 
 
 def read_structure(path):
@@ -126,6 +118,21 @@ def test_layers_with_empty_ranks(tmp_path, slab, n_interactions):
     potential = make_potential(n_interactions=n_interactions, order=1)
     found = in_lammps(tmp_path, potential, 4, grid="processors 1 1 4")
     assert_same(found, slab, potential, 1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["hop", "widths", "sum"])
+def test_other_kinds_equal_python(tmp_path, crystal, kind, ranks):
+    """HIP-HOP-NN; exchanges of different widths; a sum of networks, each with its exchanges."""
+    if kind == "hop":
+        model = make_model(order=3, n_max=4, norm_eps=1e-2)
+    elif kind == "widths":
+        model = make_model(n_interactions=3, n_feat=(3, 8, 5), n_hidden=4, activation="Tanh")
+    else:
+        parts = make_model(order=1), make_model(rcut=3.6, seed=12, n_interactions=3, n_feat=9)
+        model = HipnnSum(parts)
+    potential = Potential(model, dtype="float64")
+    assert_same(in_lammps(tmp_path, potential, ranks), crystal, potential, 1e-9)
 
 
 def test_cell_smaller_than_the_cutoff(tmp_path):
