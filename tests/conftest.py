@@ -13,4 +13,5 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from hippynn_experiment import experiment  # noqa: F401
 from lammps_real import harness, pytest_terminal_summary, real_lammps  # noqa: F401

@@ -23,7 +23,6 @@ from md_plugin.checkpoint import read_header
 from md_plugin.committee import Committee
 from md_plugin.hippynn_io import HippynnError
 
-TRAINER = Path(__file__).with_name("hippynn_training.py")
 SETTINGS = {
     "network": "HipnnVec",
     "module_kwargs": {
@@ -38,19 +37,6 @@ SETTINGS = {
 }
 # Weights trained in float32, evaluated in float64 on both sides.
 RELATIVE = 1e-10
-
-
-@pytest.fixture(scope="session")
-def experiment(tmp_path_factory):
-    """Folder of a training run of hippynn."""
-    if needs_hippynn.args[0]:
-        pytest.skip(needs_hippynn.kwargs["reason"])
-    folder = tmp_path_factory.mktemp("hippynn") / "experiment"
-    done = subprocess.run(
-        [sys.executable, TRAINER, folder], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 @pytest.fixture(scope="session")

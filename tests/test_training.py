@@ -13,8 +13,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from md_plugin import training
-from md_plugin.checkpoint import load_model, read_header
+from md_plugin.checkpoint import load_model, read_header, save_model
 from md_plugin.data import DataError, label_batches, minibatches, read_dataset
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.hipnn import Hipnn, HipnnSum
 from md_plugin.training import prepare, train_from_config
 from md_plugin.training_config import ConfigError, Terms, TrainingConfig, read_config
 from md_plugin.training_loss import errors_of, evaluate_labelled, force_weights, loss_of, predict
@@ -137,6 +139,37 @@ def test_resume_refuses_another_run(configure):
         train_from_config(configure(model={"n_feat": 5}), resume=True)
     with pytest.raises(ConfigError, match=r"cannot resume from .*: training was "):
         train_from_config(configure(training={"learning_rate": 0.02}), resume=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"order": 3, "n_max": 4},
+        {"n_feat": [3, 5], "n_hidden": 6, "activation": "SiLU", "n_gaussians": 6},
+        {"residual": False, "activation": "ELU(alpha=0.5)"},
+    ],
+)
+def test_other_kinds_learn(configure, tmp_path, kind):
+    """Invariants, widths, activations, bottlenecks: from the YAML file to a better model."""
+    summary = train_from_config(configure(model=kind, training={"max_epochs": 8}))
+    with (tmp_path / "config/history.csv").open() as file:
+        losses = [float(row["valid_loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < 0.8 * losses[0]
+    config = load_model(tmp_path / "config/best.hipnn", device="cpu").model.config
+    assert config == HipnnConfig(**summary["model"])
+    for name, value in kind.items():
+        assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_sums_are_not_trained_further(configure, tmp_path):
+    parts = [Hipnn(HipnnConfig(species=(13,), rcut=4.5, r_max=4.0)) for _ in range(2)]
+    save_model(tmp_path / "sum.hipnn", HipnnSum(parts))
+    path = configure(start_from=str(tmp_path / "sum.hipnn"))
+    content = yaml.safe_load(path.read_text())
+    del content["model"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"sum\.hipnn is a sum of networks: train each"):
+        train_from_config(path)
 
 
 def test_start_from(configure, tmp_path):
