@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from ase.io import write
-from hippynn_cases import needs_hippynn
 from hippynn_training import alloy
 from lammps_helpers import lmp, needs_lammps, results
 from physics_suite import close
@@ -300,6 +299,10 @@ def test_settings_and_weights_that_do_not_fit(experiment, tmp_path, kwargs, chan
         ({"network": "Hipnet"}, "network 'Hipnet' is not one of Hipnn, HipnnVec"),
         ({"network": "HipnnQuad"}, "missing blocks.0.0.base_layer.quadscales"),
         ({"network": "Hipnn"}, "not expected"),
+        (
+            {"module_kwargs": {}},
+            "missing n_features, n_sensitivities, dist_hard_max",
+        ),
         ({"energy": {"node": "HChargeNode"}}, "energy node 'HChargeNode' is not one of"),
         ({"energy": {"prefix": "nowhere."}}, r"no tensors nowhere\."),
         ({"energy_unit": "calories"}, "unit 'calories' is not known; choose eV"),
@@ -329,6 +332,15 @@ def test_settings_that_cannot_be_read(experiment, tmp_path):
         pass
     with pytest.raises(HippynnError, match="damaged"):
         import_hippynn(tmp_path / "empty.pt", settings=tmp_path / "a.json")
+
+
+def test_options_that_a_state_dict_cannot_have(experiment, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(SETTINGS))
+    for options in ({"energy": "HEnergy"}, {"energy_only": True}):
+        with pytest.raises(HippynnError, match="has no graph to choose an energy from"):
+            import_hippynn(experiment / "best_model.pt", settings=tmp_path / "a.json", **options)
+    with pytest.raises(TypeError, match="colour"):
+        import_hippynn(experiment / "best_model.pt", settings=tmp_path / "a.json", colour="red")
 
 
 def test_failed_import_writes_nothing(tmp_path, capsys):

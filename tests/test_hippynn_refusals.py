@@ -167,6 +167,10 @@ def test_no_energy():
     )
 
 
+def test_files_are_not_for_from_hippynn():
+    refused("experiment", "experiment is a path: import_hippynn reads files")
+
+
 def test_targets():
     energy = head(make_network(), module_kwargs={"n_target": 3})
     refused(energy, "predicts 3 energies: say which, 0 to 2 .--target.")
@@ -257,6 +261,18 @@ def test_a_hippynn_that_computes_something_else(monkeypatch):
     original = InverseSensitivityModule.forward
     monkeypatch.setattr(InverseSensitivityModule, "forward", lambda s, r: original(s, 1.001 * r))
     refused(energy, "the imported model differs from hippynn by")
+
+
+def test_pair_finders_that_end_early_are_told(caplog):
+    from hippynn.graphs.nodes.pairs import OpenPairIndexer
+
+    near = make_network()
+    wanted = ("PositionsNode", "OneHotEncoder", "PaddingIndexer")
+    nodes = [near.find_unique_relative(lambda n, w=w: type(n).__name__ == w) for w in wanted]
+    finder = OpenPairIndexer("near", nodes, dist_hard_max=2.0)
+    potential = from_hippynn(head(make_network(parents=[nodes[2], finder])), dtype="float64")
+    assert "a pair finder of this model ends at 2.0" in caplog.text
+    assert potential.model.parts[0].config.pair_cutoff == 2.0
 
 
 # --- ensembles and ML-IAP ---------------------------------------------------------------------

@@ -12,6 +12,7 @@ What is imported is compared with hippynn on random atoms before it is handed ou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from md_plugin.hippynn_io.network import kind_of
 from md_plugin.hippynn_io.settings import HippynnError
 from md_plugin.potential import Potential
 from md_plugin.units import ENERGY_UNITS, LENGTH_UNITS, unit_factor
+
+logger = logging.getLogger("md_plugin")
 
 _TRUST = (
     "{path} is a Python pickle, and reading it executes the code in it. If you trust who made it, "
@@ -78,6 +81,7 @@ def from_hippynn(
         parts = read_energy(member)
         if is_mliap:
             parts = _cut_by_lammps(parts, 2.0 * float(source.rcutfac))
+        _warn_of_jumps(parts)
         origin = _origin(parts, member.name, scale)
         origin["difference"] = compare(parts, build(parts, target=target), target)
         model = build(parts, target=target, backend=backend, **scale)
@@ -109,7 +113,8 @@ def import_hippynn(
         ImportError: hippynn is needed and not installed.
     """
     if isinstance(source, list | tuple):
-        members = [import_hippynn(one, trust=trust, settings=settings, **options) for one in source]
+        each = [import_hippynn(one, trust=trust, settings=settings, **options) for one in source]
+        members = [m for found in each for m in getattr(found, "members", (found,))]
         return members[0] if len(members) == 1 else Committee(members)
     assert isinstance(source, str | Path)
     path = Path(source)
@@ -127,6 +132,8 @@ def import_hippynn(
 
 
 def _energy_node(source: Any, name: str | None, energy_only: bool) -> Any:
+    if isinstance(source, str | Path):
+        raise HippynnError(f"{source} is a path: import_hippynn reads files and folders")
     if hasattr(source, "parents"):
         return choose_energy([source], name, energy_only=energy_only) if name else source
     for holder in (source, getattr(source, "graph", None), getattr(source, "module", None)):
@@ -165,6 +172,16 @@ def _cut_by_lammps(parts: list[NetworkPart], reach: float) -> list[NetworkPart]:
     return parts
 
 
+def _warn_of_jumps(parts: list[NetworkPart]) -> None:
+    for part in parts:
+        if "pair_cutoff" in part.settings:
+            logger.warning(
+                "a pair finder of this model ends at %s, before the cutoff function of its network "
+                "vanishes: energies jump there, as they do in hippynn",
+                part.settings["pair_cutoff"],
+            )
+
+
 def _origin(parts: list[NetworkPart], name: str, scale: dict[str, float]) -> dict[str, Any]:
     import hippynn
 
@@ -177,26 +194,35 @@ def _origin(parts: list[NetworkPart], name: str, scale: dict[str, float]) -> dic
     }
 
 
-def _from_state(path: Path, settings_path: Path, **options: Any) -> Potential:
+def _from_state(
+    path: Path,
+    settings_path: Path,
+    *,
+    target: int | None = None,
+    energy_unit: str | float | None = None,
+    length_unit: str | float | None = None,
+    backend: str | None = None,
+    energy: str | None = None,
+    energy_only: bool = False,
+    info: dict[str, Any] | None = None,
+    **where: Any,
+) -> Potential:
+    if energy is not None or energy_only:
+        raise HippynnError(
+            "a state dict has no graph to choose an energy from: in the settings, "
+            '"energy": {"prefix": ...} says which module it is'
+        )
     settings, state = read_settings(settings_path), read_state(path)
-    unit = options.get("energy_unit", settings.get("energy_unit", "eV"))
-    length = options.get("length_unit", settings.get("length_unit", "Å"))
-    scale = _scale(unit, length)
-    model = build(
-        [part_from_state(settings, state)],
-        target=options.get("target"),
-        backend=options.get("backend"),
-        **scale,
+    scale = _scale(
+        energy_unit or settings.get("energy_unit", "eV"),
+        length_unit or settings.get("length_unit", "Å"),
     )
+    parts = [part_from_state(settings, state)]
+    model = build(parts, target=target, backend=backend, **scale)
     origin = {
         "package": "hippynn, from a state dict",
         "network": settings["network"],
         "eV per energy unit": scale["energy"],
         "angstrom per length unit": scale["length"],
     }
-    return Potential(
-        model,
-        device=options.get("device", "auto"),
-        dtype=options.get("dtype", "mixed"),
-        info={**(options.get("info") or {}), "origin": origin},
-    )
+    return Potential(model, info={**(info or {}), "origin": origin}, **{"device": "auto", **where})
