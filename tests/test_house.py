@@ -27,7 +27,9 @@ FLOORS = {
     1: (
         "kernels.reference",
         "kernels.numba_cpu",
+        "kernels.numba_rows",
         "kernels.simd",
+        "kernels.tiles",
         "kernels.triton_gpu",
         "kernels.cupy_gpu",
     ),
@@ -63,13 +65,14 @@ ROOMS = {
     "vesin": ("md_plugin.neighbours",),
     # the kernels; elsewhere only to say how many threads they get
     "numba": (
-        "md_plugin.kernels.numba_cpu",
+        "md_plugin.kernels.numba_*",
         "md_plugin.kernels.simd",
+        "md_plugin.kernels.tiles",
         "md_plugin.training*",
         "md_plugin.bench*",
         "md_plugin.demo*",
     ),
-    "llvmlite": ("md_plugin.kernels.simd",),
+    "llvmlite": ("md_plugin.kernels.simd", "md_plugin.kernels.tiles"),
     "triton": ("md_plugin.kernels.triton_gpu",),
     "cupy": ("md_plugin.kernels.cupy_gpu",),
     "safetensors": ("md_plugin.checkpoint",),

@@ -16,6 +16,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from md_plugin.kernels import numba_rows as rows
 from md_plugin.pairs import Pairs
 
 DEVICES = ("cpu",)
@@ -25,96 +26,6 @@ MAX_BUFFERS = 8
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 # error_model="numpy": the Python model would add zero-division checks that stop vectorisation.
 _jit = numba.njit(parallel=True, fastmath=_FAST, cache=True, error_model="numpy", nogil=True)
-
-
-@_jit
-def _envsum(sense, features, row_ptr, sender, env):  # type: ignore[no-untyped-def]
-    n_recv, n_nu, n_feat = env.shape
-    for i in prange(n_recv):
-        env[i] = 0.0
-        first, last = row_ptr[i], row_ptr[i + 1]
-        # Four pairs at a time: one load and one store of the env tile serve four products.
-        blocked = first + (last - first) // 4 * 4
-        for p in range(first, blocked, 4):
-            z0, z1 = features[sender[p]], features[sender[p + 1]]
-            z2, z3 = features[sender[p + 2]], features[sender[p + 3]]
-            for nu in range(n_nu):
-                s0, s1 = sense[p, nu], sense[p + 1, nu]
-                s2, s3 = sense[p + 2, nu], sense[p + 3, nu]
-                # Far from its centre a Gaussian underflows to an exact zero.
-                if s0 != 0.0 or s1 != 0.0 or s2 != 0.0 or s3 != 0.0:
-                    for a in range(n_feat):
-                        env[i, nu, a] += s0 * z0[a] + s1 * z1[a] + s2 * z2[a] + s3 * z3[a]
-        for p in range(blocked, last):
-            z = features[sender[p]]
-            for nu in range(n_nu):
-                s = sense[p, nu]
-                if s != 0.0:
-                    for a in range(n_feat):
-                        env[i, nu, a] += s * z[a]
-
-
-@_jit
-def _sensesum(env, features, row_ptr, sender, sense):  # type: ignore[no-untyped-def]
-    n_recv, n_nu, n_feat = env.shape
-    for i in prange(n_recv):
-        tile = env[i]
-        for p in range(row_ptr[i], row_ptr[i + 1]):
-            z = features[sender[p]]
-            for nu in range(n_nu):
-                row = tile[nu]
-                total = z.dtype.type(0.0)
-                for a in range(n_feat):
-                    total += row[a] * z[a]
-                sense[p, nu] = total
-
-
-@_jit
-def _featsum_scatter(env, sense, row_ptr, sender, buffers):  # type: ignore[no-untyped-def]
-    n_buffer = buffers.shape[0]
-    n_recv, n_nu, n_feat = env.shape
-    blocked = n_nu // 4 * 4
-    for b in prange(n_buffer):
-        out = buffers[b]
-        out[:, :] = 0.0
-        for i in range(n_recv * b // n_buffer, n_recv * (b + 1) // n_buffer):
-            tile = env[i]
-            for p in range(row_ptr[i], row_ptr[i + 1]):
-                j = sender[p]
-                for nu in range(0, blocked, 4):
-                    s0, s1 = sense[p, nu], sense[p, nu + 1]
-                    s2, s3 = sense[p, nu + 2], sense[p, nu + 3]
-                    e0, e1, e2, e3 = tile[nu], tile[nu + 1], tile[nu + 2], tile[nu + 3]
-                    if s0 != 0.0 or s1 != 0.0 or s2 != 0.0 or s3 != 0.0:
-                        for a in range(n_feat):
-                            out[j, a] += s0 * e0[a] + s1 * e1[a] + s2 * e2[a] + s3 * e3[a]
-                for nu in range(blocked, n_nu):
-                    s = sense[p, nu]
-                    for a in range(n_feat):
-                        out[j, a] += s * tile[nu, a]
-
-
-@_jit
-def _featsum_gather(env, sense, col_ptr, perm, receiver, features):  # type: ignore[no-untyped-def]
-    n_send, n_feat = features.shape
-    n_nu = sense.shape[1]
-    blocked = n_nu // 4 * 4
-    for j in prange(n_send):
-        features[j] = 0.0
-        for k in range(col_ptr[j], col_ptr[j + 1]):
-            p = perm[k]
-            tile = env[receiver[p]]
-            for nu in range(0, blocked, 4):
-                s0, s1 = sense[p, nu], sense[p, nu + 1]
-                s2, s3 = sense[p, nu + 2], sense[p, nu + 3]
-                e0, e1, e2, e3 = tile[nu], tile[nu + 1], tile[nu + 2], tile[nu + 3]
-                if s0 != 0.0 or s1 != 0.0 or s2 != 0.0 or s3 != 0.0:
-                    for a in range(n_feat):
-                        features[j, a] += s0 * e0[a] + s1 * e1[a] + s2 * e2[a] + s3 * e3[a]
-            for nu in range(blocked, n_nu):
-                s = sense[p, nu]
-                for a in range(n_feat):
-                    features[j, a] += s * tile[nu, a]
 
 
 @_jit
@@ -178,38 +89,45 @@ def _view(tensor: Tensor) -> np.ndarray:
 
 def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
     """(n_pair, n_nu), (n_send, n_feat) -> env (n_recv, n_nu, n_feat)."""
-    _threads()
+    n_thread = _threads()
     env = torch.empty(pairs.n_recv, sense.shape[1], features.shape[1], dtype=sense.dtype)
-    _envsum(_view(sense), _view(features), _view(pairs.row_ptr), _view(pairs.sender), _view(env))
+    arrays = [_view(x) for x in (sense, features, pairs.row_ptr, pairs.sender, env)]
+    if n_thread == 1:
+        rows.envsum_rows(*arrays, 0, pairs.n_recv)
+    else:
+        rows.envsum(*arrays, n_thread)
     return env
 
 
 def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_send, n_feat) -> sense (n_pair, n_nu)."""
-    _threads()
+    n_thread = _threads()
     sense = torch.empty(pairs.n_pair, env.shape[1], dtype=env.dtype)
-    _sensesum(_view(env), _view(features), _view(pairs.row_ptr), _view(pairs.sender), _view(sense))
+    arrays = [_view(x) for x in (env, features, pairs.row_ptr, pairs.sender, sense)]
+    if n_thread == 1:
+        rows.sensesum_rows(*arrays, 0, pairs.n_recv)
+    else:
+        rows.sensesum(*arrays, n_thread)
     return sense
 
 
 def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat)."""
     n_thread = _threads()
+    if n_thread == 1:
+        features = torch.zeros(pairs.n_send, env.shape[2], dtype=env.dtype)
+        arrays = [_view(x) for x in (env, sense, pairs.row_ptr, pairs.sender, features)]
+        rows.featsum_rows(*arrays, 0, pairs.n_recv)
+        return features
     if n_thread <= MAX_BUFFERS:
         buffers = torch.empty(n_thread, pairs.n_send, env.shape[2], dtype=env.dtype)
-        _featsum_scatter(
-            _view(env), _view(sense), _view(pairs.row_ptr), _view(pairs.sender), _view(buffers)
+        rows.featsum_scatter(
+            *(_view(x) for x in (env, sense, pairs.row_ptr, pairs.sender, buffers))
         )
-        return buffers[0] if n_thread == 1 else buffers.sum(dim=0)
+        return buffers.sum(dim=0)
     features = torch.empty(pairs.n_send, env.shape[2], dtype=env.dtype)
-    _featsum_gather(
-        _view(env),
-        _view(sense),
-        _view(pairs.col_ptr),
-        _view(pairs.perm),
-        _view(pairs.receiver),
-        _view(features),
-    )
+    indices = (pairs.col_ptr, pairs.perm, pairs.receiver, pairs.sender)
+    rows.featsum_gather(*(_view(x) for x in (env, sense, *indices, features)))
     return features
 
 
