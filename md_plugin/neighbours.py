@@ -6,6 +6,8 @@ the batch, and the rule that says when a list may be reused.
 
     r_ij[p] = x[sender(p)] - x[receiver(p)] + image[p] @ cell,        image[p] whole numbers
 
+A cell has few different images, so a list keeps a table of them and an index of two bytes a pair.
+
 Reuse. A list built at positions x0 and cell h0 with cutoff rcut + skin holds every pair that was
 that close. Let F = h0^-1 h be the deformation of the cell since then and d the largest distance
 of an atom from its affinely moved place x0 F. Any pair that is not in the list is then at least
@@ -23,7 +25,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from md_plugin.pairs import Pairs
+from md_plugin.pairs import Geometry, Pairs
 
 FloatArray = NDArray[np.float64]
 
@@ -116,7 +118,9 @@ class NeighbourList:
     skin: float = 0.5
     n_builds: int = 0
     pairs: Pairs = field(init=False)
-    _image: Tensor = field(init=False, repr=False)
+    _image: Tensor = field(init=False, repr=False)  # (n_pair,) int16, row of _images
+    _images: Tensor = field(init=False, repr=False)  # (n, 3) float64
+    _wraps: Tensor = field(init=False, repr=False)  # (n_atom, 3) float64 whole numbers
     _x0: FloatArray | None = field(default=None, init=False, repr=False)
     _h0: FloatArray = field(init=False, repr=False)
     _pbc: NDArray[np.bool_] = field(init=False, repr=False)
@@ -128,15 +132,30 @@ class NeighbourList:
         check_finite(positions, "positions")
         if self._is_complete(positions, h, periodic):
             return False
-        self.pairs, self._image = neighbour_pairs(positions, h, periodic, self.rcut + self.skin)
+        self.pairs, image = neighbour_pairs(positions, h, periodic, self.rcut + self.skin)
+        # Atoms that have left the cell are taken back, so that there are few images.
+        self._wraps = -torch.from_numpy(np.floor(np.linalg.solve(h.T, positions.T).T) * periodic)
+        image += self._wraps[self.pairs.receiver] - self._wraps[self.pairs.sender_long]
+        self._images, self._image = _table(image)
         self._x0, self._h0, self._pbc = positions.copy(), h, periodic
         self.n_builds += 1
         return True
 
+    def geometry(self, positions: FloatArray, cell: ArrayLike) -> Geometry:
+        """The pairs at these positions, which `update` has seen."""
+        h = torch.from_numpy(complete_cell(cell, self._pbc))
+        x = torch.from_numpy(np.ascontiguousarray(positions, dtype=np.float64)) + self._wraps @ h
+        return Geometry(x, self.pairs, self._image, self._images @ h)
+
+    @property
+    def image(self) -> Tensor:
+        """(n_pair, 3) float64 whole numbers, the periodic image of each sender."""
+        wrapped = self._images[self._image.int()]
+        return wrapped + self._wraps[self.pairs.sender_long] - self._wraps[self.pairs.receiver]
+
     def r_ij(self, positions: FloatArray, cell: ArrayLike) -> Tensor:
         """(n_pair, 3) float64, x[sender] - x[receiver] + image @ cell."""
-        h = torch.from_numpy(complete_cell(cell, self._pbc))
-        return pair_vectors(torch.from_numpy(positions), self.pairs, self._image @ h)
+        return self.geometry(positions, cell).r_ij()
 
     def _is_complete(self, x: FloatArray, h: FloatArray, periodic: NDArray[np.bool_]) -> bool:
         x0 = self._x0
@@ -149,6 +168,21 @@ class NeighbourList:
             x0 = x0 @ deformation
         moved = np.sqrt(np.max(np.sum((x - x0) ** 2, axis=1), initial=0.0))
         return bool(shrink * (self.rcut + self.skin) - 2.0 * moved >= self.rcut)
+
+
+def _table(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (n_pair, 3) -> the different ones (n, 3), and which one each pair has."""
+    lowest = image.amin(dim=0) if len(image) else image.new_zeros(3)
+    span = (image.amax(dim=0) - lowest + 1).long() if len(image) else torch.ones(3).long()
+    if int(span.prod()) >= 2**15:
+        raise ValueError(
+            f"the cutoff reaches over {span.tolist()} periodic images of this cell; give a "
+            "supercell"
+        )
+    place = (image - lowest).long()
+    index = (place[:, 0] * span[1] + place[:, 1]) * span[2] + place[:, 2]
+    grid = torch.cartesian_prod(*(torch.arange(int(n)) for n in span)).reshape(-1, 3)
+    return grid.double() + lowest, index.to(torch.int16)
 
 
 def pair_vectors(positions: Tensor, pairs: Pairs, shift: Tensor) -> Tensor:

@@ -157,6 +157,32 @@ class Pairs:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Where atoms are, and the pairs between them; pairs beyond the cutoff may be among them.
+
+    Attributes:
+        x: (n_send, 3) float64, Å.
+        pairs: who sees whom.
+        translation: (n_pair,) int16, the row of `translations` that is added to the sender; None
+            where ghosts stand at their own places.
+        translations: (n_translation, 3) float64 periodic shifts, Å; None likewise.
+    """
+
+    x: Tensor
+    pairs: Pairs
+    translation: Tensor | None = None
+    translations: Tensor | None = None
+
+    def r_ij(self) -> Tensor:
+        """(n_pair, 3) float64, x[sender] - x[receiver] + periodic shift, Å."""
+        sent = self.x.index_select(0, self.pairs.sender_long)
+        sent.sub_(self.x.index_select(0, self.pairs.receiver))
+        if self.translation is not None and self.translations is not None:
+            sent.add_(self.translations.index_select(0, self.translation.int()))
+        return sent
+
+
 def _offsets(counts: Tensor) -> Tensor:
     """(n,) counts -> (n + 1,) int32 exclusive prefix sums."""
     ptr = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)

@@ -164,7 +164,7 @@ def test_unusable_cutoff(rcut):
 def assert_complete(neighbours, x, cell, pbc):
     """No pair within rcut is missing, and vectors of stored pairs are right."""
     whole = complete_cell(cell, np.array(pbc))
-    image = neighbours._image
+    image = neighbours.image
     found = as_dict(x, whole, neighbours.pairs, image)
     r_ij = neighbours.r_ij(x, cell).numpy()
     np.testing.assert_allclose(r_ij, np.array(list(found.values())).reshape(-1, 3), atol=1e-12)
