@@ -45,6 +45,9 @@ class Pairs:
             raise ValueError("row_ptr must have shape (n_recv + 1,) and sender (n_pair,)")
         if self.row_ptr.device != self.sender.device:
             raise ValueError(f"row_ptr is on {self.row_ptr.device}, sender on {self.sender.device}")
+        # Kernels read indices through pointers; an engine may hand over a column of a table.
+        object.__setattr__(self, "row_ptr", self.row_ptr.contiguous())
+        object.__setattr__(self, "sender", self.sender.contiguous())
         # On a GPU the look at the last entry would make the host wait.
         if self.device.type == "cpu" and int(self.row_ptr[-1]) != self.n_pair:
             raise ValueError(

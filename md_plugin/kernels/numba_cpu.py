@@ -84,7 +84,7 @@ def _view(tensor: Tensor) -> np.ndarray:
             f"backend 'numba' computes on the CPU, but the tensors are on {tensor.device}; "
             "choose backend='triton' or move the potential to device='cpu'"
         )
-    return tensor.detach().numpy()
+    return tensor.detach().contiguous().numpy()  # kernels know shapes, not strides
 
 
 def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
