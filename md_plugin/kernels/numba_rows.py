@@ -19,17 +19,18 @@ from md_plugin.kernels.tiles import (
     ROW_PAIRS,
     SOURCE,
     TILE_SENSES,
-    all_zero,
     env_edge,
     env_tile,
     feat_edge,
     feat_tile,
+    last_used,
     pair_edge,
     pair_tile,
     sense_row,
     sense_tile,
     tile_sizes,
-    turn_env,
+    turn_edge,
+    turn_tile,
 )
 
 _OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
@@ -37,20 +38,20 @@ _jit, _parallel_jit = numba.njit(**_OPTIONS), numba.njit(parallel=True, **_OPTIO
 
 
 @_jit
-def _active(sense, first, last):  # type: ignore[no-untyped-def]
-    """Sensitivities from this one on are exactly zero for all pairs of the row.
+def _used(sense, first, last):  # type: ignore[no-untyped-def]
+    """From this sensitivity on all are exactly zero for pairs first .. last - 1.
 
     Gaussians in 1/r crowd at short distances, where condensed matter has no pairs: with r_min of
-    1.25 Å a row of fcc aluminium uses 15 of 20. A check costs a twentieth of what it may save.
+    1.25 Å a row of fcc aluminium uses 15 of 20, four of its pairs 12. Looking costs a twentieth.
     """
-    high = sense.shape[1]
     lanes, _, _ = tile_sizes(sense)
-    while high > 0:
-        low = max(high - min(ENV_SENSES, lanes), 0)
-        if not all_zero((sense,), (first, last, low)):
-            break
-        high = low
-    return high
+    low = sense.shape[1]
+    while low > 0:
+        low = max(low - lanes, 0)
+        used = last_used((sense,), (first, last, low))
+        if used > 0:
+            return low + used
+    return 0
 
 
 @_jit
@@ -63,7 +64,7 @@ def envsum_rows(sense, features, row_ptr, sender, env, start, stop, source=SOURC
     state = flush_denormals()
     for i in range(start, stop):
         first, last = row_ptr[i], row_ptr[i + 1]
-        high = _active(sense, first, last)
+        high = _used(sense, first, last)
         env[i, high:] = 0.0
         for nu in range(0, high, ENV_SENSES):
             for a in range(0, n_wide, wide):
@@ -79,17 +80,21 @@ def sensesum_rows(env, features, row_ptr, sender, sense, start, stop, source=SOU
     """Write the sense of all pairs of the rows."""
     _, n_nu, n_feat = env.shape
     lanes, _, pairs = tile_sizes(env)
+    n_full = n_feat // lanes * lanes
+    # A few sensitivities beside many features cost less as sums over lanes than as a row of lanes.
     n_row, rest = n_nu, n_nu % lanes
     if 2 * rest <= lanes and n_feat >= 2 * lanes:
         n_row -= rest
-    turned = np.empty(((n_feat + lanes - 1) // lanes * lanes, lanes), env.dtype)
+    turned = np.empty((n_full + lanes, lanes), env.dtype)
     arrays = (sense, env, features, sender)
     state = flush_denormals()
     for i in range(start, stop):
         first, last = row_ptr[i], row_ptr[i + 1]
         for nu in range(0, n_row, lanes):
-            for a in range(0, n_feat, lanes):
-                turn_env((turned, env), (i, nu, a))
+            for a in range(0, n_full, lanes):
+                turn_tile((turned, env), (i, nu, a))
+            if n_full < n_feat:
+                turn_edge((turned, env), (i, nu, n_full))
             for p in range(first, last, ROW_PAIRS):
                 sense_row((sense, turned, features, sender), (nu, p, last))
         for p in range(first, last, pairs):
@@ -108,12 +113,13 @@ def featsum_rows(env, sense, row_ptr, sender, features, start, stop, source=SOUR
     state = flush_denormals()
     for i in range(start, stop):
         first, last = row_ptr[i], row_ptr[i + 1]
-        high = _active(sense, first, last)
-        for a in range(0, n_wide, wide):
-            for p in range(first, last, FEAT_PAIRS):
+        for p in range(first, last, FEAT_PAIRS):
+            high = _used(sense, p, min(p + FEAT_PAIRS, last))
+            for a in range(0, n_wide, wide):
                 feat_tile(arrays, (i, p, last, a, 0, high))
         for a in range(n_wide, n_feat, lanes):
             for p in range(first, last, EDGE_PAIRS):
+                high = _used(sense, p, min(p + EDGE_PAIRS, last))
                 feat_edge(arrays, (i, p, last, a, 0, high))
     restore_denormals(state)
 

@@ -13,14 +13,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import llvmlite
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.codegen import JITCPUCodegen
 from numba.extending import intrinsic
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
+# What is used of numba and llvmlite beyond their documented interfaces; there from numba 0.60 on.
+INTERNALS = {
+    cgutils: ("alloca_once", "get_or_insert_function", "unpack_tuple"),
+    JITCPUCodegen: ("magic_tuple",),
+    ir.IRBuilder: ("ctlz", "phi", "shuffle_vector"),
+}
 FLUSH = 0x8040  # MXCSR: denormal results are zero, denormal operands are zero
 Values = list[Any]
+
+
+def check_internals() -> None:
+    """Raise where numba or llvmlite lack something that the CPU sums are written with.
+
+    Raises:
+        ImportError: names what is missing, and in which versions.
+    """
+    for owner, names in INTERNALS.items():
+        for name in names:
+            if not hasattr(owner, name):
+                raise ImportError(
+                    f"numba {numba.__version__} with llvmlite {llvmlite.__version__} has no "
+                    f"{owner.__name__}.{name}, which the CPU sums need; use a release of numba "
+                    "between 0.60 and 0.68, or backend='torch'"
+                )
+
+
+check_internals()
 
 
 class Registers(NamedTuple):
@@ -88,6 +116,10 @@ class Code:
         """The first `count` lanes."""
         lane = ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))
         return self.b.icmp_signed("<", lane, self.splat(count))
+
+    def is_full(self, first: Any, count: Any) -> Any:
+        """Whether `count` numbers hold L of them from `first` on."""
+        return self.b.icmp_signed("<=", self.at(first, I64(self.lanes)), count)
 
     def load(self, base: Any, index: Any, mask: Any = None) -> Any:
         """L numbers from base[index] on; where masked, zeros are put and nothing is read."""

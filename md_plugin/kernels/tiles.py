@@ -4,7 +4,7 @@
     sense_row   sense[p : p + 10, nu : nu + L]   = sum over a of turned features
     sense_tile  sense[p : p + 4, nu : nu + 4]    = sum over a of env features
     feat_tile   features[j, a : a + m L]        += sum over nu < high of sense env, for 4 pairs
-    turn_env    turned[a : a + L, :]             = env[i, nu : nu + L, a : a + L] transposed
+    turn_tile   turned[a : a + L, :]             = env[i, nu : nu + L, a : a + L] transposed
 
 LLVM does not keep the sums of such loops in registers by itself, because the arrays might overlap.
 Here they are values of its intermediate language (phi nodes), so that they must be.
@@ -70,24 +70,31 @@ def tile_sizes(typing_context: Any, array: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def all_zero(typing_context: Any, arrays: Any, integers: Any) -> Any:
-    """all_zero((sense,), (first, last, nu)): sense[first : last, nu : nu + L] holds zeros only."""
+def last_used(typing_context: Any, arrays: Any, integers: Any) -> Any:
+    """last_used((sense,), (first, last, nu)) -> q + 1 of the last non-zero sense[..., nu + q].
+
+    Of pairs first .. last - 1 and q < L; 0 where all are zero.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         found = Arrays(context, builder, signature, args)
         c, (first, last, nu), n_nu = found.code, found.integers, found.shapes[0][1]
-        mask = c.mask(c.b.sub(n_nu, nu))
         whole = ir.VectorType(ir.IntType(8 * c.size), c.lanes)
 
-        def join(p: Any, bits: Values) -> Values:
+        def join(p: Any, bits: Values, mask: Any = None) -> Values:
             row = c.load(found.data[0], c.at((p, n_nu), nu), mask)
             return [c.b.or_(bits[0], c.b.bitcast(row, whole))]
 
-        (bits,) = c.loop((first, last, 1), [ir.Constant(whole, None)], join)
-        flat = ir.IntType(8 * c.size * c.lanes)
-        return c.b.icmp_unsigned("==", c.b.bitcast(bits, flat), flat(0))
+        # One loop or the other: masks are slow on CPUs without them.
+        end = c.b.select(c.is_full(nu, n_nu), last, first)
+        bits = c.loop((first, end, 1), [ir.Constant(whole, None)], join)
+        mask = c.mask(c.b.sub(n_nu, nu))
+        (bits,) = c.loop((end, last, 1), bits, lambda p, values: join(p, values, mask))
+        used = c.b.icmp_unsigned("!=", bits, ir.Constant(whole, None))
+        flat = c.b.zext(c.b.bitcast(used, ir.IntType(c.lanes)), I64)
+        return c.b.sub(I64(64), c.b.ctlz(flat, ir.IntType(1)(0)))
 
-    return types.boolean(arrays, integers), generate
+    return types.int64(arrays, integers), generate
 
 
 def _emit_env(arrays: Arrays, is_edge: bool) -> None:
@@ -144,12 +151,12 @@ def _emit_sense(arrays: Arrays) -> None:
                     c.store(value, sense, row)
 
 
-def _emit_turn(arrays: Arrays) -> None:
+def _emit_turn(arrays: Arrays, is_edge: bool) -> None:
     c, (turned, env) = arrays.code, arrays.data
     i, nu, a = arrays.integers
     _, n_nu, n_feat = arrays.shapes[1]
     nus = [c.least(c.at(nu, I64(q)), c.at(n_nu, I64(-1))) for q in range(c.lanes)]
-    mask = c.mask(c.b.sub(n_feat, a))
+    mask = c.mask(c.b.sub(n_feat, a)) if is_edge else None
     rows = [c.load(env, c.at((i, n_nu, n_feat), (q, n_feat), a), mask) for q in nus]
     for l, column in enumerate(c.turn(rows)):
         c.store(column, turned, c.at((a, I64(c.lanes)), I64(l * c.lanes)))
@@ -176,9 +183,12 @@ def _emit_row(arrays: Arrays) -> None:
     full = c.b.and_(n_feat, I64(-CHUNK))
     sums = c.loop((I64(0), full, CHUNK), [c.zero] * ROW_PAIRS, add_chunk)
     sums = c.loop((full, n_feat, 1), sums, add)
-    mask = c.mask(c.b.sub(n_nu, nu))
-    for pair, value in zip(pairs, sums, strict=True):
-        c.store(value, sense, c.at((pair, n_nu), nu), mask)
+    part = c.mask(c.b.sub(n_nu, nu))
+    with c.b.if_else(c.is_full(nu, n_nu)) as (full_row, part_row):
+        for branch, mask in ((full_row, None), (part_row, part)):
+            with branch:
+                for pair, value in zip(pairs, sums, strict=True):
+                    c.store(value, sense, c.at((pair, n_nu), nu), mask)
 
 
 def _emit_feat(arrays: Arrays, is_edge: bool, n_pair: int) -> None:
@@ -210,6 +220,7 @@ def _emit_feat(arrays: Arrays, is_edge: bool, n_pair: int) -> None:
 
 env_tile, env_edge = _tile(_emit_env, False), _tile(_emit_env, True)
 sense_tile = _tile(_emit_sense)
-turn_env, sense_row = _tile(_emit_turn), _tile(_emit_row)
+turn_tile, turn_edge = _tile(_emit_turn, False), _tile(_emit_turn, True)
+sense_row = _tile(_emit_row)
 feat_tile, feat_edge = _tile(_emit_feat, False, FEAT_PAIRS), _tile(_emit_feat, True, EDGE_PAIRS)
 pair_tile, pair_edge = _tile(_emit_feat, False, 1), _tile(_emit_feat, True, 1)
