@@ -66,7 +66,7 @@ def _fold_components(stacked, sense, components):  # type: ignore[no-untyped-def
             components[p, c] = total
 
 
-def _threads() -> int:
+def threads() -> int:
     """As many threads as torch has, so that OMP_NUM_THREADS and torch.set_num_threads rule both.
 
     Starting numba's thread pool overwrites OpenMP's thread count, which torch shares (numba 0.68.1
@@ -92,7 +92,7 @@ def _view(tensor: Tensor) -> np.ndarray:
 
 def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
     """(n_pair, n_nu), (n_send, n_feat) -> env (n_recv, n_nu, n_feat)."""
-    n_thread = _threads()
+    n_thread = threads()
     env = torch.empty(pairs.n_recv, sense.shape[1], features.shape[1], dtype=sense.dtype)
     arrays = [_view(x) for x in (sense, features, pairs.row_ptr, pairs.sender, env)]
     if n_thread == 1:
@@ -104,7 +104,7 @@ def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
 
 def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_send, n_feat) -> sense (n_pair, n_nu)."""
-    n_thread = _threads()
+    n_thread = threads()
     sense = torch.empty(pairs.n_pair, env.shape[1], dtype=env.dtype)
     arrays = [_view(x) for x in (env, features, pairs.row_ptr, pairs.sender, sense)]
     if n_thread == 1:
@@ -116,7 +116,7 @@ def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
 
 def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat)."""
-    n_thread = _threads()
+    n_thread = threads()
     if n_thread == 1:
         features = torch.zeros(pairs.n_send, env.shape[2], dtype=env.dtype)
         arrays = [_view(x) for x in (env, sense, pairs.row_ptr, pairs.sender, features)]
@@ -136,7 +136,7 @@ def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
 
 def stack(components: Tensor, sense: Tensor) -> Tensor:
     """(n_pair, n_comp), (n_pair, n_nu) -> (n_pair, n_comp n_nu), components outermost."""
-    _threads()
+    threads()
     n_comp, n_nu = components.shape[1], sense.shape[1]
     stacked = torch.empty(sense.shape[0], n_comp * n_nu, dtype=sense.dtype)
     _stack(_view(components), _view(sense), _view(stacked))
@@ -145,7 +145,7 @@ def stack(components: Tensor, sense: Tensor) -> Tensor:
 
 def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
     """(n_pair, n_comp n_nu), (n_pair, n_comp) -> (n_pair, n_nu)."""
-    _threads()
+    threads()
     n_pair, n_comp = components.shape
     sense = torch.empty(n_pair, stacked.shape[1] // n_comp, dtype=stacked.dtype)
     _fold_sense(_view(stacked), _view(components), _view(sense))
@@ -154,7 +154,7 @@ def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
 
 def fold_components(stacked: Tensor, sense: Tensor) -> Tensor:
     """(n_pair, n_comp n_nu), (n_pair, n_nu) -> (n_pair, n_comp)."""
-    _threads()
+    threads()
     n_pair, n_nu = sense.shape
     components = torch.empty(n_pair, stacked.shape[1] // n_nu, dtype=stacked.dtype)
     _fold_components(_view(stacked), _view(sense), _view(components))
