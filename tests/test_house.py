@@ -32,6 +32,9 @@ FLOORS = {
         "kernels.tiles",
         "kernels.triton_gpu",
         "kernels.cupy_gpu",
+        "kernels.vector_ir",
+        "kernels.vector_math",
+        "kernels.fused_*",
     ),
     2: ("kernels", "kernels.closure", "kernels.registry"),
     3: ("model", "model.*", "neighbours", "evaluation"),
@@ -51,7 +54,8 @@ FLOORS = {
     ),
     7: ("cli", "cli_*"),
 }
-LAZY_TO_LAMMPS = {"md_plugin.cli", "md_plugin.demo"}  # in functions only
+LAZY_TO_LAMMPS = {"md_plugin.cli", "md_plugin.demo", "md_plugin.bench_lammps"}
+LAZY_TO_LAMMPS |= {"md_plugin.bench_race"}  # all of them in functions only
 
 # Package -> where it may be imported. torch and numpy are everywhere above floor 0's tables.
 ROOMS = {
@@ -68,11 +72,18 @@ ROOMS = {
         "md_plugin.kernels.numba_*",
         "md_plugin.kernels.simd",
         "md_plugin.kernels.tiles",
+        "md_plugin.kernels.vector_ir",
+        "md_plugin.kernels.fused_*",
         "md_plugin.training*",
         "md_plugin.bench*",
         "md_plugin.demo*",
     ),
-    "llvmlite": ("md_plugin.kernels.simd", "md_plugin.kernels.tiles"),
+    "llvmlite": (
+        "md_plugin.kernels.simd",
+        "md_plugin.kernels.tiles",
+        "md_plugin.kernels.vector_ir",
+        "md_plugin.kernels.fused_*",
+    ),
     "triton": ("md_plugin.kernels.triton_gpu",),
     "cupy": ("md_plugin.kernels.cupy_gpu",),
     "safetensors": ("md_plugin.checkpoint",),
