@@ -73,12 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--backend", default=None, choices=BACKENDS)
     export.set_defaults(command=_export)
 
-    bench = commands.add_parser("bench", help="measure against hippynn, same weights, same run")
-    bench.add_argument("-o", "--output", type=Path, help="folder for JSON and PNG")
-    bench.add_argument("--atoms", type=int, default=2048)
-    bench.add_argument("--rounds", type=int, default=7)
-    bench.set_defaults(command=_bench)
-
+    _add_bench(commands)
     add_model_commands(commands)
 
     backends = commands.add_parser("backends", help="kernels that are available, and why not")
@@ -88,6 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_lammps(commands)
     commands.add_parser("lmp", help="run LAMMPS inside this Python: md-plugin lmp -in in.script")
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure against hippynn, same weights, same run")
+    bench.add_argument(
+        "cases", nargs="*", metavar="CASE", help="see --list; default: the main ones"
+    )
+    bench.add_argument("-o", "--output", type=Path, help="folder for bench.json, .md and .png")
+    bench.add_argument("--atoms", type=int, default=None, help="default: 2000; the nearest crystal")
+    bench.add_argument("--rounds", type=int, default=None, help="timed rounds; default: 7")
+    bench.add_argument("--threads", type=int, default=1, help="above 1 the wall clock counts")
+    bench.add_argument("--quick", action="store_true", help="tiny sizes: does everything work?")
+    bench.add_argument("--list", action="store_true", help="name the cases and end")
+    bench.set_defaults(command=_bench)
 
 
 def _add_checks(commands: Any) -> None:
@@ -169,9 +178,17 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from md_plugin.bench import run_bench
+    from md_plugin.bench import list_cases, run_bench
+    from md_plugin.bench_core import Options
 
-    run_bench(args.atoms, args.rounds, args.output)
+    if args.list:
+        say("\n".join(list_cases()))
+        return
+    # With --quick, unless they are said: a small crystal, and as few rounds as have quantiles.
+    atoms = args.atoms if args.atoms is not None else 108 if args.quick else 2000
+    rounds = args.rounds if args.rounds is not None else 2 if args.quick else 7
+    options = Options(atoms=atoms, rounds=rounds, threads=args.threads, quick=args.quick)
+    run_bench(args.cases, options, args.output)
 
 
 def _backends(args: argparse.Namespace) -> None:

@@ -1,7 +1,4 @@
-"""The demo and the bench as a user runs them, made small."""
-
-import json
-import re
+"""The demo as a user runs it, made small."""
 
 import numpy as np
 import pytest
@@ -44,16 +41,3 @@ def test_parse_log_takes_the_last_run():
     )
     assert rows["PotEng"].tolist() == [-3, -4] and rows["Time"].tolist() == [0.5, 1.0]
     assert seconds == 0.25
-
-
-def test_bench_checks_before_it_times(tmp_path, capsys):
-    pytest.importorskip("hippynn", reason="the peer of the benchmark is not installed")
-    assert main(["bench", "--atoms", "32", "--rounds", "2", "-o", str(tmp_path)]) == 0
-    document = json.loads((tmp_path / "bench.json").read_text())
-    assert document["certificate"]["threads"] == 1
-    assert len(document["rows"]) == 8
-    for row in document["rows"]:
-        # float32: at most a few hundred terms of rounding 6e-8 each
-        assert row["error"] < 2e-5, row
-        assert row["ratio"] > 0
-    assert re.search(r"sensesum", capsys.readouterr().out)

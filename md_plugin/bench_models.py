@@ -1,0 +1,278 @@
+"""Cases of the bench that compute a whole network: energy and forces, training, ASE, silver.
+
+    model     energy and forces from positions (fused) or pair vectors (closed, hippynn)
+    train     L = (E / n)^2 + mean F^2, its gradient in all weights
+    ase       atoms move by 1e-3 Å, energy and forces from both ASE calculators; lists are reused
+    silver    the shape of the LAMMPS benchmark "MLMD" of LANL's ATS-5 suite: fcc silver, 568 to
+              18,176 atoms, quadrupoles, 8 features, 16 sensitivities, one interaction layer with 3
+              atom layers, cutoff 4 Å; the network's weights are random
+
+Errors are those of energy and forces (train: of the gradient in the interaction weights) on another
+structure, against the same weights in float64 by torch's plain operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from md_plugin.bench_core import (
+    FLOAT32,
+    HIPPYNN,
+    OURS,
+    Contest,
+    Options,
+    Provider,
+    peer_absence,
+    present,
+    relative,
+    worst,
+)
+from md_plugin.bench_systems import (
+    CHECKED_ATOMS,
+    Problem,
+    Twin,
+    aluminium,
+    exact,
+    network,
+    silver,
+)
+from md_plugin.calculator import HipnnCalculator
+from md_plugin.hippynn_io import to_hippynn
+from md_plugin.model.hipnn import Hipnn
+from md_plugin.potential import Potential
+
+PEER = "hippynn, numba"
+SILVER_SIZES = (568, 2272, 18176)
+Results = tuple[Tensor, Tensor]
+Builder = Callable[[int, int], Atoms]
+
+
+def model(options: Options) -> Iterator[Contest]:
+    """Energy and forces: A and A2 of the kernel study (one and two layers), vectors, 4 species."""
+    n = options.atoms
+    yield model_contest("A: 1 layer, 64 features", network(1), options, n)
+    yield model_contest("A2: 2 layers, 64 features", network(2), options, n)
+    yield model_contest(
+        "TS: 2 vector layers, 64 features",
+        network(2, order=1),
+        options,
+        max(1, n // 4),
+    )
+
+
+def model_contest(
+    what: str, net: Hipnn, options: Options, n_atoms: int, build: Builder = aluminium
+) -> Contest:
+    """Energy and forces of one network by all providers.
+
+    Args:
+        what: name in the tables.
+        net: the network, float32.
+        options: of the run.
+        n_atoms: wanted atoms.
+        build: makes a structure from n_atoms and a seed.
+    """
+    rcut = net.rcut
+    timed = Problem(build(n_atoms, options.seed), rcut)
+    small = Problem(build(min(CHECKED_ATOMS, n_atoms), options.seed + 1), rcut)
+    potential = Potential(net, dtype="float32")
+    reason = potential.why_not_fused()
+    twin = None if peer_absence() else Twin(net)
+    kinds: list[tuple[str, str, Callable[[Problem], Results]]] = [
+        ("ours, fused", OURS, lambda problem: fused(potential, problem)),
+        ("ours, closed", OURS, lambda problem: closed(potential, problem)),
+        (PEER, HIPPYNN, lambda problem: peer(twin, problem)),
+    ]
+    providers = [
+        Provider(
+            name,
+            side,
+            call=lambda function=function: function(timed),  # type: ignore[misc]
+            error=lambda function=function: energy_error(net, small, function(small)),  # type: ignore[misc]
+            absent=f"not yet: {reason}" if name == "ours, fused" and reason else "",
+        )
+        for name, side, function in kinds
+    ]
+    c = net.config
+    notes = timed.notes() | {"config": {k: v for k, v in vars(c).items() if k != "species"}}
+    return Contest(what, present(providers), PEER, len(timed.atoms), notes=notes)
+
+
+def fused(potential: Potential, problem: Problem) -> Results:
+    """Energy and forces from positions and the skin list."""
+    found = potential.evaluate_geometry(problem.species, problem.geometry)
+    assert found.forces is not None
+    return found.energy, found.forces
+
+
+def closed(potential: Potential, problem: Problem) -> Results:
+    """Energy and forces from vectors of pairs within the cutoff, by autograd."""
+    pairs, r = problem.inside
+    found = potential.evaluate_pairs(problem.species, pairs, r)
+    assert found.forces is not None
+    return found.energy, found.forces
+
+
+def peer(twin: Any, problem: Problem) -> Results:
+    """The same by hippynn's graph; it leaves forces on pairs, whose sum is not its cost."""
+    energy, gradient = twin.evaluate(problem, problem.inside[1].float())
+    return energy.detach().reshape(1), gradient
+
+
+def energy_error(net: Hipnn, problem: Problem, found: Results) -> float:
+    """Of energy and forces; forces on pairs are summed first."""
+    energy, forces = found
+    if len(forces) != len(problem.atoms):
+        forces = problem.sum_forces(forces)
+    want = exact(net, problem)
+    assert want.forces is not None
+    # Energies of atoms may cancel, with random weights: their sizes are the scale.
+    off = float((energy.double() - want.energy).abs().max()) / float(want.atom_energy.abs().sum())
+    return worst(off, relative(forces, want.forces))
+
+
+def train(options: Options) -> Iterator[Contest]:
+    """Loss of energy and forces and its gradient in the weights, one and two layers."""
+    for layers in (1, 2):
+        net = network(layers)
+        timed = Problem(aluminium(max(1, options.atoms // 4), options.seed), net.rcut)
+        small = Problem(aluminium(64, options.seed + 1), net.rcut)
+        potential = Potential(net, dtype="float32")
+        twin = None if peer_absence() else Twin(net)
+
+        def error(step: Callable[[Problem], list[Tensor]], net: Any, small: Problem) -> float:
+            double = Hipnn(net.config, backend="torch")
+            double.load_state_dict(net.state_dict())
+            want = training_step(Potential(double, dtype="float64"), small)
+            return worst(*map(relative, step(small), want))
+
+        def ours(problem: Problem, potential: Potential = potential) -> list[Tensor]:
+            return training_step(potential, problem)
+
+        def theirs(problem: Problem, twin: Any = twin) -> list[Tensor]:
+            return peer_step(twin, problem)
+
+        providers = [
+            Provider(
+                name,
+                side,
+                call=lambda step=step, timed=timed: step(timed),  # type: ignore[misc]
+                error=lambda step=step, net=net, small=small: error(step, net, small),  # type: ignore[misc]
+                # Gradients of a loss that is quadratic in forces: errors of float32 add up
+                tolerance=2e-4,
+            )
+            for name, side, step in (("ours, closed", OURS, ours), (PEER, HIPPYNN, theirs))
+        ]
+        what = f"training step, {layers} layer{'s' * (layers > 1)}"
+        n = len(timed.atoms)
+        yield Contest(what, present(providers), PEER, n, notes=timed.notes())
+
+
+def training_step(potential: Potential, problem: Problem) -> list[Tensor]:
+    """Gradients of the loss in the interaction weights, layer by layer (nu, in, out)."""
+    net: Any = potential.model
+    net.zero_grad()
+    pairs, r = problem.inside
+    found = potential.evaluate_pairs(problem.species, pairs, r, create_graph=True)
+    assert found.forces is not None
+    torch.autograd.backward(_loss(found.energy, found.forces))
+    return [block[0].layer.weight.grad for block in net.blocks]
+
+
+def peer_step(twin: Any, problem: Problem) -> list[Tensor]:
+    """The same by hippynn, in our order of axes."""
+    pairs = problem.inside[0]
+    twin.graph.zero_grad()
+    energy, g = twin.evaluate(problem, problem.inside[1].float())
+    forces = g.new_zeros(pairs.n_send, 3).index_add(0, pairs.receiver, g)
+    forces = forces.index_add(0, pairs.sender_long, g, alpha=-1)
+    torch.autograd.backward(_loss(energy, forces))
+    return [p.grad.permute(0, 2, 1) for p in twin.parameter("int_weights")]
+
+
+def _loss(energy: Tensor, forces: Tensor) -> Tensor:
+    return (energy / len(forces)).square().sum() + forces.square().mean()
+
+
+def ase(options: Options) -> Iterator[Contest]:
+    """One step of molecular dynamics in ASE, one and two layers."""
+    for layers in (1, 2):
+        net = network(layers)
+        small = Problem(aluminium(min(CHECKED_ATOMS, options.atoms), options.seed + 1), net.rcut)
+        atoms = aluminium(options.atoms, options.seed)
+
+        def provider(name: str, side: str, make: Any, net: Any, p: Any, atoms: Any) -> Provider:
+            system = atoms.copy()
+            if side == OURS or not peer_absence():
+                system.calc = make(net)
+            rng = np.random.default_rng(options.seed)
+
+            def step() -> None:
+                system.positions += rng.normal(scale=1e-3, size=system.positions.shape)
+                system.get_forces()
+                system.get_potential_energy()
+
+            def error() -> float:
+                checked = p.atoms.copy()
+                checked.calc = make(net)
+                forces = torch.from_numpy(checked.get_forces())
+                energy = torch.tensor([checked.get_potential_energy()])
+                return energy_error(net, p, (energy, forces))
+
+            # hippynn rounds positions, not their differences, to float32
+            return Provider(
+                name, side, step, error, tolerance=FLOAT32 * (5 if side == HIPPYNN else 1)
+            )
+
+        providers = [
+            provider("ours", OURS, our_calculator, net, small, atoms),
+            provider(PEER, HIPPYNN, peer_calculator, net, small, atoms),
+        ]
+        what = f"ASE step, {layers} layer{'s' * (layers > 1)}"
+        n = len(atoms)
+        yield Contest(what, present(providers), PEER, n, notes={"atoms": n, "skin": 1.0})
+
+
+def our_calculator(net: Hipnn) -> Any:
+    """The ASE calculator of this project."""
+    return HipnnCalculator(Potential(net, dtype="float32"), skin=1.0)
+
+
+def peer_calculator(net: Hipnn) -> Any:
+    """hippynn's ASE calculator of the same weights."""
+    from ase import units
+    from hippynn.interfaces.ase_interface import HippynnCalculator
+
+    calculator = HippynnCalculator(to_hippynn(net), en_unit=units.eV, skin=1.0)
+    calculator.to(torch.float32)
+    return calculator
+
+
+def silver_case(options: Options) -> Iterator[Contest]:
+    """LANL's "MLMD" shape, 568 to 18,176 atoms; one step in LAMMPS at the smallest size."""
+    from md_plugin.bench_lammps import lammps_contest
+
+    net = silver_network()
+    for n in SILVER_SIZES[:1] if options.quick else SILVER_SIZES:
+        yield model_contest(f"silver, {n} atoms", net, options, n, silver)
+    yield lammps_contest("silver, LAMMPS step", net, silver(SILVER_SIZES[0]), options)
+
+
+def silver_network() -> Hipnn:
+    """Of the shape of LANL's benchmark; weights are random."""
+    return network(
+        *(1,),
+        species=(47,),
+        order=2,
+        n_feat=8,
+        n_nu=16,
+        rcut=4.0,
+        r_min=1.5,
+        r_max=3.8,
+    )
