@@ -12,9 +12,11 @@ then the other atoms of known types.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ from lammps_interface.couplings import device_of
 from lammps_interface.exchange import LammpsHalo
 from md_plugin.committee import energy_std, force_std
 from md_plugin.evaluation import Evaluation
-from md_plugin.pairs import Pairs
+from md_plugin.pairs import Geometry, Pairs
+from md_plugin.units import UnitStyle
 
 _INDEX = torch.int64
 
@@ -107,6 +110,26 @@ def read_step(data: Any, *, ghost_rows: bool = False) -> EngineStep:
     return EngineStep(elems, Pairs(row_ptr, sender, n_send), r_ij, halo, n_local, order)
 
 
+def read_geometry(data: Any, length: float) -> tuple[Tensor, Geometry] | None:
+    """Positions and the list with its skin, where mliap/py's rows are its atoms in their order.
+
+    Args:
+        data: the data object of mliap/py.
+        length: Å per length unit of LAMMPS.
+
+    Returns:
+        (ntotal,) int64 index into the model's elements, and the geometry, Å; None where another
+        pair style handles some types (on every rank alike), which takes `read_step`.
+    """
+    elems = torch.from_numpy(data.elems).long()
+    rows = torch.from_numpy(data.iatoms)
+    if data.has_null or not torch.equal(rows, torch.arange(len(rows), dtype=rows.dtype)):
+        return None
+    x = torch.from_numpy(data.x)
+    row_ptr, sender = torch.from_numpy(data.row_ptr), torch.from_numpy(data.sender)
+    return elems, Geometry(x if length == 1.0 else x * length, Pairs(row_ptr, sender, len(x)))
+
+
 def _renumber(rows: Tensor, elems: Tensor) -> tuple[Tensor, Tensor]:
     """Order of the senders, (n_send,) atom indices, and its inverse (ntotal,), int32, or -1."""
     other = elems >= 0
@@ -124,6 +147,22 @@ def _check_renumbered(atoms: Tensor, sender: Tensor, n_recv: int, data: Any) -> 
             "the neighbour list holds pairs with atoms that this pair style does not handle; "
             "check the NULL entries of pair_coeff"
         )
+
+
+def check_finite(energy: float, data: Any) -> None:
+    """Raise ValueError where the energy of a step is not a number, saying why."""
+    if math.isfinite(energy):
+        return
+    x = getattr(data, "x", None)
+    n_bad = 0 if x is None else int((~np.isfinite(x).all(axis=1)).sum())
+    if n_bad:
+        raise ValueError(
+            f"{n_bad} atoms have positions that are not numbers; the run has become unstable "
+            "(time step too long, or a bad start)"
+        )
+    raise ValueError(
+        f"the energy is {energy}: atoms are probably far closer than the model was trained for"
+    )
 
 
 def write_results(data: Any, energy: float, atom_energy: Tensor, pair_gradient: Tensor) -> None:
@@ -153,6 +192,23 @@ def write_results(data: Any, energy: float, atom_energy: Tensor, pair_gradient: 
             data.update_pair_forces(forces)
         else:
             data.update_pair_forces(forces.numpy())
+
+
+def write_sums(data: Any, energy: float, found: Evaluation, units: UnitStyle) -> None:
+    """Hands atom energies, forces and virial of fused inference to mliap/py.
+
+    Args:
+        data: the data object of mliap/py.
+        energy: of this rank's atoms, LAMMPS's energy unit.
+        found: eV and Å.
+        units: of LAMMPS.
+    """
+    assert found.sums is not None
+    forces, virial = found.sums
+    data.energy = energy
+    data.eatoms = (found.atom_energy / units.energy).numpy()
+    data.f += (forces.double() / units.force).numpy()
+    data.add_virial((virial.double() / units.energy).numpy())
 
 
 def write_centroid(data: Any, step: EngineStep, virial: Tensor) -> None:

@@ -17,13 +17,16 @@ import torch
 
 from lammps_interface import faults
 from lammps_interface.couplings import Coupling, check_table, coupling_of, device_of
-from lammps_interface.exchange import check_exchange
+from lammps_interface.exchange import LammpsHalo, check_exchange
 from lammps_interface.lammps_data import (
     EngineStep,
+    check_finite,
+    read_geometry,
     read_step,
     write_centroid,
     write_results,
     write_spread,
+    write_sums,
 )
 from lammps_interface.native import Native, behind
 from lammps_interface.ranks import device_of_rank, end_all, local_rank, sharing
@@ -210,6 +213,8 @@ class HipnnMLIAP(MLIAPUnified):
             end_all(error, self._native.rank, self._native.n_ranks)
 
     def _compute(self, data: Any, coupling: Coupling) -> None:
+        if coupling.kind == faults.PLUGIN and self._compute_sums(data):
+            return
         potential, units = self.potential, self._units
         step = read_step(data, ghost_rows=coupling.ghost_rows)
         coupling.check_step(data, step.has_ghosts)
@@ -226,7 +231,7 @@ class HipnnMLIAP(MLIAPUnified):
             positions=self._positions(data, step) if centroid else None,
         )
         energy = float(found.energy[0]) / units.energy
-        _check_finite(energy, data)
+        check_finite(energy, data)
         assert found.pair_gradient is not None
         gradient = found.pair_gradient / units.force
         write_results(data, energy, found.atom_energy / units.energy, gradient)
@@ -234,6 +239,28 @@ class HipnnMLIAP(MLIAPUnified):
             write_centroid(data, step, found.centroid_virial / units.energy)
         if coupling.kind == faults.PLUGIN and data.want_std:
             write_spread(data, step, found, units.energy, units.force)
+
+    def _compute_sums(self, data: Any) -> bool:
+        """Positions in, forces out, nothing per pair; false where that is not to be had."""
+        per_atom = data.want_centroid or data.want_std or data.vatom is not None
+        if per_atom or self.potential.why_not_fused():
+            return False
+        step = read_geometry(data, self._units.length)
+        if step is None:
+            return False
+        elems, geometry = step
+        halo = LammpsHalo(data, geometry.pairs.n_recv, geometry.x.device)
+        found = self.potential.evaluate_geometry(
+            torch.tensor(self._state["species"])[elems],
+            geometry,
+            halo=halo if self._state["n_exchanges"] else None,
+        )
+        if found.sums is None:
+            return False
+        energy = float(found.energy[0]) / self._units.energy
+        check_finite(energy, data)
+        write_sums(data, energy, found, self._units)
+        return True
 
     def _positions(self, data: Any, step: EngineStep) -> torch.Tensor:
         x = data.x if step.order is None else data.x[step.order.numpy()]
@@ -253,23 +280,6 @@ class HipnnMLIAP(MLIAPUnified):
             f"HipnnMLIAP({' '.join(state['elements'])}, rcut={state['rcut']} Å, "
             f"dtype={state['dtype']!r}, device={state['device']!r}, backend={state['backend']!r})"
         )
-
-
-def _check_finite(energy: float, data: Any) -> None:
-    if math.isfinite(energy):
-        return
-    import numpy as np
-
-    x = getattr(data, "x", None)
-    n_bad = 0 if x is None else int((~np.isfinite(x).all(axis=1)).sum())
-    if n_bad:
-        raise ValueError(
-            f"{n_bad} atoms have positions that are not numbers; the run has become unstable "
-            "(time step too long, or a bad start)"
-        )
-    raise ValueError(
-        f"the energy is {energy}: atoms are probably far closer than the model was trained for"
-    )
 
 
 def _load_potential(models: Sequence[bytes], **settings: Any) -> Potential:

@@ -74,6 +74,8 @@ class PluginData:
         self.list_count: int = view.list_count
         self.want_std = bool(view.want_std)
         self.want_centroid = bool(view.want_centroid)
+        # whether another pair style handles some types
+        self.has_null = bool((array_at(view.type_map, (view.ntypes,), np.int32) < 0).any())
         self.x = array_at(view.x, (view.ntotal, 3), np.float64)
         self.f = array_at(view.f, (view.ntotal, 3), np.float64)
         self.elems = array_at(view.elems, (view.ntotal,), np.int32)

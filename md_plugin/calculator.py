@@ -21,7 +21,6 @@ from md_plugin.checkpoint import load_model
 from md_plugin.committee import energy_std, force_std
 from md_plugin.evaluation import Evaluation
 from md_plugin.neighbours import NeighbourList
-from md_plugin.pairs import Pairs
 from md_plugin.potential import Potential
 
 
@@ -70,7 +69,6 @@ class HipnnCalculator(Calculator):
         self.potential = load_model(model, device=device, dtype=dtype, backend=backend)
         self.neighbours = NeighbourList(self.potential.rcut, skin)
         self._species = np.zeros(0, dtype=np.int64)
-        self._pairs: Pairs | None = None  # of the neighbour list, on the device of the potential
 
     def calculate(
         self,
@@ -87,8 +85,7 @@ class HipnnCalculator(Calculator):
             raise PropertyNotImplementedError(
                 f"stress needs three periodic directions, but pbc is {atoms.pbc.tolist()}"
             )
-        wants_forces = bool({"forces", "stress", "stresses"} & set(properties))
-        result = self._evaluate(atoms, wants_forces)
+        result = self._evaluate(atoms, properties)
         self.results = {
             "energy": float(result.energy),
             "free_energy": float(result.energy),
@@ -110,18 +107,19 @@ class HipnnCalculator(Calculator):
             stresses = -virials.cpu().numpy() / atoms.cell.volume
             self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
 
-    def _evaluate(self, atoms: Atoms, forces: bool) -> Evaluation:
+    def _evaluate(self, atoms: Atoms, properties: Sequence[str]) -> Evaluation:
         potential = self.potential
         if not np.array_equal(atoms.numbers, self._species):
             potential.check_species(atoms.numbers)
             self._species = atoms.numbers.copy()
         positions = np.ascontiguousarray(atoms.positions, dtype=np.float64)
-        if self.neighbours.update(positions, atoms.cell[:], atoms.pbc) or self._pairs is None:
-            self._pairs = self.neighbours.pairs.to(potential.device)
-        r_ij = self.neighbours.r_ij(positions, atoms.cell[:]).to(potential.device)
-        potential.check_distances(r_ij)
-        species = torch.as_tensor(self._species, device=potential.device)
-        result = potential.evaluate_pairs(species, self._pairs, r_ij, forces=forces)
+        self.neighbours.update(positions, atoms.cell[:], atoms.pbc)
+        result = potential.evaluate_geometry(
+            torch.as_tensor(self._species, device=potential.device),
+            self.neighbours.geometry(positions, atoms.cell[:]),
+            forces=bool({"forces", "stress", "stresses"} & set(properties)),
+            per_pair="stresses" in properties,
+        )
         _check_finite(result)
         return result
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.evaluation import Evaluation
-from md_plugin.pairs import Pairs
+from md_plugin.pairs import Geometry, Pairs
 from md_plugin.potential import Potential
 
 
@@ -85,6 +85,32 @@ class Committee(Potential):
             _mean([f.pair_moment for f in found]),
             members=found,
         )
+
+    def evaluate_geometry(
+        self, species: Tensor, geometry: Geometry, **settings: Any
+    ) -> Evaluation:
+        """See `Potential.evaluate_geometry`; `members` of the result holds what each says."""
+        if not settings.get("per_pair") and settings.get("forces", True):
+            found = tuple(m.evaluate_geometry(species, geometry, **settings) for m in self.members)
+            if all(f.sums is not None for f in found):
+                sums = _mean([f.forces for f in found]), _mean([f.virial for f in found])[0]
+                return Evaluation(
+                    _mean([f.energy for f in found]),
+                    _mean([f.atom_energy for f in found]),
+                    None,
+                    geometry.pairs,
+                    found[0].r_ij,
+                    members=found,
+                    sums=sums,
+                )
+        settings.pop("per_pair", None)
+        r_ij = geometry.r_ij().to(self.device)
+        self.check_distances(r_ij)
+        return self.evaluate_pairs(species, geometry.pairs.to(self.device), r_ij, **settings)
+
+    def why_not_fused(self) -> str:
+        """See `Potential.why_not_fused`; the first member that has a reason tells it."""
+        return next(filter(None, (m.why_not_fused() for m in self.members)), "")
 
     def check_distances(self, r_ij: Tensor) -> None:
         """See `Potential.check_distances`; each member warns by itself."""

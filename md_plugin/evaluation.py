@@ -25,18 +25,20 @@ class Evaluation:
     """What a potential says about one or many structures.
 
     Sums over pairs are taken when they are first asked for: an engine that adds up forces itself
-    pays for `pair_gradient` alone.
+    pays for `pair_gradient` alone. Fused inference has nothing per pair and gives the `sums`.
 
     Attributes:
         energy: (n_structures,) float64, eV.
         atom_energy: (n_recv,) float64, eV.
-        pair_gradient: (n_pair, 3) dE/dr_ij, eV/Å; None where forces were not asked for.
+        pair_gradient: (n_pair, 3) dE/dr_ij, eV/Å; None where forces were not asked for, or `sums`
+            are there.
         pairs: the pairs that were evaluated.
-        r_ij: (n_pair, 3) Å, in the geometry's dtype.
+        r_ij: (n_pair, 3) Å, in the geometry's dtype; empty where `sums` are there.
         structure: (n_recv,) structure of each atom; None for one structure.
         pair_moment: (n_pair, 3, 3) eV, sum_i (x_i - x_receiver)_a dE_i/dr_p,b; None where it was
             not asked for.
         members: what each member of a committee says; empty for a single model.
+        sums: forces (n_send, 3) and virial (3, 3) of fused inference.
     """
 
     energy: Tensor
@@ -47,10 +49,13 @@ class Evaluation:
     structure: Tensor | None = None
     pair_moment: Tensor | None = None
     members: tuple[Evaluation, ...] = ()
+    sums: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def forces(self) -> Tensor | None:
         """(n_send, 3) eV/Å; rows of ghosts are to be added to their owners. Or None."""
+        if self.sums is not None:
+            return self.sums[0]
         if self.pair_gradient is None:
             return None
         return pair_forces_to_atoms(self.pair_gradient, self.pairs)
@@ -58,6 +63,8 @@ class Evaluation:
     @cached_property
     def virial(self) -> Tensor | None:
         """(n_structures, 3, 3) eV, -sum_p r_p (x) g_p. Or None."""
+        if self.sums is not None:
+            return self.sums[1][None]
         if self.pair_gradient is None:
             return None
         if self.structure is None:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from md_plugin.pairs import Pairs
+
 
 class Halo(Protocol):
     """Anything that can tell the features of ghost atoms."""
@@ -27,6 +29,21 @@ class Halo(Protocol):
     def adjoint(self, rows: Tensor) -> Tensor:
         """(n_send, n_feat) -> (n_recv, n_feat), outside of autograd."""
         ...
+
+
+def check_filled(rows: Tensor, pairs: Pairs) -> Tensor:
+    """The rows, one for each sender of the pairs.
+
+    Raises:
+        ValueError: there are fewer: ghosts of which nothing is known.
+    """
+    if rows.shape[0] != pairs.n_send:
+        raise ValueError(
+            f"{pairs.n_send - pairs.n_recv} ghost atoms, but the features of "
+            f"{rows.shape[0] - pairs.n_recv} are known: models with several interaction layers "
+            "need a halo that fills them"
+        )
+    return rows
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from md_plugin.devices import choose_device
 from md_plugin.elements import symbols
 from md_plugin.evaluation import Evaluation, segment_sum
 from md_plugin.halo import Halo, MomentHalo, NoHalo
 from md_plugin.kernels.registry import get_backend
+from md_plugin.model import fusion
 from md_plugin.model.hipnn import Hipnn, HipnnSum
 from md_plugin.neighbours import Batch, Structure
-from md_plugin.pairs import Pairs
+from md_plugin.pairs import Geometry, Pairs
 
 logger = logging.getLogger("md_plugin")
 
@@ -64,6 +66,8 @@ class Potential:
         self.model = model.to(self.device, network_dtype)
         self.info = dict(info or {})
         self._warned_close = False
+        self._moved: tuple[Pairs, Pairs] | None = None  # the last list, and its copy on the device
+        self._fused: tuple[Any, list[fusion.FusedHipnn]] | None = None
 
     @property
     def species(self) -> tuple[int, ...]:
@@ -112,6 +116,65 @@ class Potential:
             n_structures=batch.n_structures,
             forces=forces,
         )
+
+    def evaluate_geometry(
+        self,
+        species: Tensor,
+        geometry: Geometry,
+        *,
+        halo: Halo | None = None,
+        forces: bool = True,
+        per_pair: bool = False,
+    ) -> Evaluation:
+        """Evaluate one structure from positions and a list that may reach beyond the cutoff.
+
+        Takes the fused path where there is one (see `why_not_fused`), which keeps nothing per pair.
+        Nothing is checked here: see `check_species`.
+
+        Args:
+            species: (n_send,) atomic numbers, local atoms then ghosts.
+            geometry: positions and pairs, on any device.
+            halo: makes features of ghosts known; None where there are no ghosts.
+            forces: whether to compute forces and virial.
+            per_pair: whether `pair_gradient` is needed, e.g. for virials of atoms.
+        """
+        if forces and not per_pair and not self.why_not_fused():
+            found = self._evaluate_fused(species, geometry, halo)
+            if found is not None:
+                return found
+        r_ij = geometry.r_ij().to(self.device)
+        self.check_distances(r_ij)
+        if self._moved is None or self._moved[0] is not geometry.pairs:
+            self._moved = geometry.pairs, geometry.pairs.to(self.device)
+        return self.evaluate_pairs(species, self._moved[1], r_ij, halo=halo, forces=forces)
+
+    def why_not_fused(self) -> str:
+        """Why fused inference is not available; "" where it is."""
+        name = get_backend(self.model.backend, self.device).name
+        if name != "numba":
+            return f"the backend is {name!r}, and only 'numba' has fused layers"
+        return "; ".join(filter(None, map(fusion.why_not, self.model.parts)))
+
+    def _evaluate_fused(
+        self, species: Tensor, geometry: Geometry, halo: Halo | None
+    ) -> Evaluation | None:
+        """None where the result is not finite: the other path finds out why.
+
+        Not so with a halo, whose exchanges the other ranks would not repeat.
+        """
+        weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        if self._fused is None or self._fused[0] != weights:
+            self._fused = weights, [fusion.FusedHipnn(part) for part in self.model.parts]
+        found = [part.evaluate(species, geometry, halo) for part in self._fused[1]]
+        energy = torch.stack([f.atom_energy for f in found]).sum(dim=0)
+        forces = torch.stack([f.forces for f in found]).sum(dim=0)
+        virial = torch.stack([f.virial for f in found]).sum(dim=0)
+        if halo is None and not bool(forces.isfinite().all()):
+            return None
+        self._check_closest(min(f.closest for f in found))
+        total = energy.sum(dim=0, keepdim=True)
+        none = forces.new_zeros(0, 3)
+        return Evaluation(total, energy, None, geometry.pairs, none, sums=(forces, virial))
 
     def evaluate_pairs(
         self,
@@ -195,11 +258,12 @@ class Potential:
 
     def check_distances(self, r_ij: Tensor) -> None:
         """Warn once where atoms come closer than anything the model was trained on."""
+        if "r_closest" in self.info and not self._warned_close and r_ij.numel():
+            self._check_closest(float(r_ij.square().sum(dim=1).min().sqrt()))
+
+    def _check_closest(self, r: float) -> None:
         closest = self.info.get("r_closest")
-        if closest is None or self._warned_close or r_ij.numel() == 0:
-            return
-        r = float(r_ij.square().sum(dim=1).min().sqrt())
-        if r < closest:
+        if closest is not None and not self._warned_close and r < closest:
             self._warned_close = True
             logger.warning(
                 "atoms are %.3f Å apart; the closest pair in the training data of this model is "
@@ -218,29 +282,3 @@ class Potential:
             f"rcut={self.rcut} Å, dtype={self.dtype!r}, device={str(self.device)!r}, "
             f"backend={chosen!r})"
         )
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" takes CUDA if there is one.
-
-    Raises:
-        ValueError: no such device, or CUDA was asked for and there is none.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device {str(device)!r} is not known to torch; choose auto, cpu, cuda or cuda:1 ..."
-        ) from error
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise ValueError(f"device {str(device)!r} was asked for, but torch sees no CUDA device")
-        if (chosen.index or 0) >= count:
-            raise ValueError(
-                f"device {str(device)!r} was asked for, but torch sees {count} CUDA "
-                f"device{'s' if count > 1 else ''}, numbered from 0"
-            )
-    return chosen

@@ -86,6 +86,7 @@ class ExchangingData(PlainData):
 
     list_count = 1
     want_centroid = want_std = False
+    vatom = ()  # wanted: virials of atoms are made of pairs
 
     @property
     def nlocal(self):

@@ -108,7 +108,7 @@ def newer(folder):
 def newer_checkpoint(folder):
     unified = HipnnMLIAP(model_bytes(tiny_model()))
     (written,) = unified._state["models"]
-    content = written.replace(b'version\\": 1', b'version\\": 9')
+    content = written.replace(b'version\\": 2', b'version\\": 9')
     assert content != written
     unified._state["models"] = [content]
     torch.save(unified, folder / "model.pt")

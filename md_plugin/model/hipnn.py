@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from md_plugin.halo import Halo, NoHalo
+from md_plugin.halo import Halo, NoHalo, check_filled
 from md_plugin.kernels.registry import backend_choice, resolve
 from md_plugin.model.config import N_ELEMENTS, HipnnConfig, make_activation
 from md_plugin.model.interaction import InteractionLayer
@@ -147,15 +147,18 @@ class Hipnn(nn.Module):
         for level, block in enumerate(self.blocks):
             interaction, *atom_layers = cast(nn.ModuleList, block)
             if level > 0:
-                features = _filled(halo, features, pairs)
+                features = check_filled(halo.fill(features), pairs)
             features = interaction(features, self.activation, pairs, r, components, sums)
             for atom_layer in atom_layers:
                 features = atom_layer(features, self.activation)
             energy = energy + self.readouts[level + 1](features)
 
-        reference = self._reference_energy[species[: pairs.n_recv].long()]
-        atom_energy: Tensor = energy[:, 0].double() + reference
+        atom_energy: Tensor = energy[:, 0].double() + self.reference_energy(species[: pairs.n_recv])
         return atom_energy
+
+    def reference_energy(self, species: Tensor) -> Tensor:
+        """(n,) atomic numbers -> (n,) float64, eV."""
+        return self._reference_energy[species.long()]
 
     def _components(self, r_hat: Tensor) -> Tensor:
         if self.components is None:
@@ -171,17 +174,6 @@ class Hipnn(nn.Module):
     def extra_repr(self) -> str:
         """The backend, for repr."""
         return f"backend={self.backend!r}"
-
-
-def _filled(halo: Halo, features: Tensor, pairs: Pairs) -> Tensor:
-    filled = halo.fill(features)
-    if filled.shape[0] != pairs.n_send:
-        raise ValueError(
-            f"{pairs.n_send - pairs.n_recv} ghost atoms, but the features of "
-            f"{filled.shape[0] - pairs.n_recv} are known: models with several interaction layers "
-            "need a halo that fills them"
-        )
-    return filled
 
 
 def _block(c: HipnnConfig, number: int) -> nn.ModuleList:

@@ -83,11 +83,11 @@ class InteractionLayer(nn.Module):
         mixed = env.reshape(-1, n_nu * n_in) @ self.weight.reshape(n_nu * n_in, n_out)
         mixed = mixed.reshape(-1, n_tensor, n_out)
 
-        combined = self._norms(mixed) if self.mixing is None else self.mixing(mixed)
+        combined = self.norms(mixed) if self.mixing is None else self.mixing(mixed)
         out: Tensor = combined + self.self_interaction(features[: pairs.n_recv])
         return out
 
-    def _norms(self, mixed: Tensor) -> Tensor:
+    def norms(self, mixed: Tensor) -> Tensor:
         """Tensors (n_recv, n_tensor, n_out) -> (n_recv, n_out), the sum of scaled norms."""
         out = mixed[:, 0]
         if self.order >= 1:

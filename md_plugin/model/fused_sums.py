@@ -1,0 +1,152 @@
+"""The sums over neighbours of one interaction layer, fused, and their gradients.
+
+    m[i, c, b] = sum_p t_c(p) sum_{nu, a} s_nu(r_p) z[sender(p), a] V[nu, a, b]
+
+Two orders of the same product. Scalar layers sum first: env[i, nu, a] = sum_p s z, then V. Tensor
+layers multiply first: q[j, nu, b] = sum_a z[j, a] V[nu, a, b] once per atom, then sum t_c s q, so
+that the matrix product is not made for each of the 4 or 9 components. In the first layer z is
+one-hot: env counts species, and q has one row per species.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from md_plugin.kernels import fused_cpu
+from md_plugin.model.radial import N_COMPONENTS
+
+# dE/denv of one block of atoms should stay in a core's second-level cache.
+BLOCK_BYTES = 1_500_000
+
+
+class Sums(Protocol):
+    """Both orders, as `md_plugin.model.fusion` uses them.
+
+    Attributes:
+        shape: (C, n_hidden) of m.
+        block: atoms to do at once, at most.
+    """
+
+    shape: tuple[int, int]
+    block: int
+
+    def source(self, z: Tensor) -> Any:
+        """What the sums read of each sender, from its features (n_send, n_in)."""
+        ...
+
+    def mixed(self, where: Any, source: Any, rows: slice, n_thread: int) -> Tensor:
+        """m (n_rows, C, n_hidden) of some receivers."""
+        ...
+
+    def sink(self, found: Any) -> Any:
+        """What gradients are added to; forces and virial are those of `found`."""
+        ...
+
+    def gradient(self, where: Any, source: Any, g: Tensor, sink: Any, start: int) -> None:
+        """Adds what g = dE/dm (n_rows, C, n_hidden) of receivers from `start` on gives."""
+        ...
+
+    def sent(self, sink: Any) -> Tensor:
+        """dE/dz (n_send, n_in) of all that was added; empty in the first layer."""
+        ...
+
+
+def _table(interaction: Any) -> fused_cpu.RadialTable:
+    sensitivity = interaction.sensitivity
+    dtype = np.float32 if sensitivity.mu.dtype == torch.float32 else np.float64
+    mu, sigma = (p.detach().double().numpy() for p in (sensitivity.mu, sensitivity.sigma))
+    return fused_cpu.RadialTable.build(mu, sigma, sensitivity.rcut, dtype)
+
+
+def _sink(found: Any, width: int) -> Any:
+    """Gradients with messages of their own, and the forces and virial of `found`."""
+    n_thread, n_send, _ = found.forces.shape
+    sink = fused_cpu.Gradients(0, 0, found.messages.dtype.type, n_thread)
+    sink.forces, sink.virials = found.forces, found.virials
+    sink.messages = fused_cpu.aligned_zeros((n_thread, n_send, width), found.messages.dtype.type)
+    return sink
+
+
+def _total(sink: Any) -> Tensor:
+    messages = sink.messages
+    return torch.from_numpy(messages[0] if len(messages) == 1 else messages.sum(axis=0))
+
+
+class EnvironmentSums:
+    """Scalar layers: env first."""
+
+    def __init__(self, interaction: Any, is_first: bool):
+        self.is_first, self.table = is_first, _table(interaction)
+        self.n_nu, self.n_in, n_hidden = interaction.weight.shape
+        self.weight = interaction.weight.detach().reshape(-1, n_hidden).contiguous()
+        self.transposed = self.weight.T.contiguous()
+        self.shape = (1, n_hidden)
+        self.block = BLOCK_BYTES // (self.n_nu * self.n_in * self.weight.element_size())
+
+    def source(self, z: Tensor) -> Any:
+        """See `Sums`."""
+        return None if self.is_first else z.numpy()
+
+    def mixed(self, where: Any, source: Any, rows: slice, n_thread: int) -> Tensor:
+        """See `Sums`."""
+        n_rows = rows.stop - rows.start
+        dtype = self.table.gaussian.dtype.type
+        env = fused_cpu.aligned_zeros((n_rows, self.n_nu, self.n_in), dtype)
+        fused_cpu.forward(where, self.table, source, env, rows.start, n_thread)
+        return (torch.from_numpy(env).reshape(n_rows, -1) @ self.weight)[:, None]
+
+    def sink(self, found: Any) -> Any:
+        """See `Sums`."""
+        return _sink(found, 0 if self.is_first else self.n_in)
+
+    def gradient(self, where: Any, source: Any, g: Tensor, sink: Any, start: int) -> None:
+        """See `Sums`."""
+        ge = (g[:, 0] @ self.transposed).reshape(-1, self.n_nu, self.n_in)
+        fused_cpu.backward(where, self.table, source, ge.numpy(), sink, start)
+
+    def sent(self, sink: Any) -> Tensor:
+        """See `Sums`."""
+        return _total(sink)
+
+
+class TensorSums:
+    """Vector and quadrupole layers: V first."""
+
+    def __init__(self, interaction: Any, is_first: bool):
+        self.is_first, self.table = is_first, _table(interaction)
+        self.n_nu, n_in, n_hidden = interaction.weight.shape
+        # (n_in, n_nu n_hidden): q of all sensitivities in one product
+        self.weight = interaction.weight.detach().transpose(0, 1).reshape(n_in, -1).contiguous()
+        self.shape = (N_COMPONENTS[interaction.order], n_hidden)
+        self.block = BLOCK_BYTES // (self.shape[0] * n_hidden * self.weight.element_size())
+
+    def source(self, z: Tensor) -> Any:
+        """See `Sums`."""
+        q = self.weight if self.is_first else z @ self.weight
+        return q.reshape(-1, self.n_nu, self.shape[1]).numpy()
+
+    def mixed(self, where: Any, source: Any, rows: slice, n_thread: int) -> Tensor:
+        """See `Sums`."""
+        m = fused_cpu.aligned_zeros((rows.stop - rows.start, *self.shape), source.dtype.type)
+        fused_cpu.tensor_forward(
+            where, self.table, source, m, rows.start, n_thread, by_species=self.is_first
+        )
+        return torch.from_numpy(m)
+
+    def sink(self, found: Any) -> Any:
+        """See `Sums`."""
+        return _sink(found, 0 if self.is_first else self.n_nu * self.shape[1])
+
+    def gradient(self, where: Any, source: Any, g: Tensor, sink: Any, start: int) -> None:
+        """See `Sums`."""
+        fused_cpu.tensor_backward(
+            where, self.table, source, g.numpy(), sink, start, by_species=self.is_first
+        )
+
+    def sent(self, sink: Any) -> Tensor:
+        """See `Sums`."""
+        return _total(sink) if self.is_first else _total(sink) @ self.weight.T

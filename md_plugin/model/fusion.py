@@ -1,0 +1,211 @@
+"""Energies and forces of a network from positions: fused layers, nothing kept per pair.
+
+    m_i^k      = sum over pairs and sensitivities, times V_k     a block of atoms at once
+    z_i^k      = atom layers of (norms of m_i^k + W_k z_i + b_k)
+    E_i        = E_ref + sum_k readout_k(z_i^k)
+
+and back, from the last layer to the first, a block of atoms at once: dE/dm_k comes through the
+atom layers from the readout and from dE/dz^k; the sums turn it into pair forces, which are added
+up where they arise, and into dE/dz^(k-1). What stays in memory is z and m of the layers before
+the last: O(atoms x features). The closed sums of `md_plugin.kernels` compute the same to rounding
+and can be differentiated again; this cannot, and refuses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from md_plugin.halo import Halo, NoHalo, check_filled
+from md_plugin.kernels import fused_cpu, numba_cpu
+from md_plugin.model.fused_sums import EnvironmentSums, Sums, TensorSums
+from md_plugin.model.hipnn import Hipnn, ResidualLayer
+from md_plugin.pairs import Geometry
+
+MAX_BLOCK = 1024  # atoms: their activations stay in the second-level cache
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """What one evaluation gives.
+
+    Attributes:
+        atom_energy: (n_recv,) float64, eV.
+        forces: (n_send, 3) float64, eV/Å; rows of ghosts belong to their owners.
+        virial: (3, 3) float64, eV.
+        closest: distance of the closest pair, Å; infinite where there is none.
+    """
+
+    atom_energy: Tensor
+    forces: Tensor
+    virial: Tensor
+    closest: float
+
+
+def why_not(model: Hipnn) -> str:
+    """Why there is no fused inference for this network; "" where there is."""
+    c = model.config
+    if model.encoder.device.type != "cpu":
+        return f"the network is on {model.encoder.device.type}"
+    if c.order and not hasattr(fused_cpu, "tensor_forward"):
+        return f"no fused layers for a {c.kind}"
+    if c.n_max:
+        return f"no fused layers for a {c.kind}"
+    if c.n_gaussians is not None:
+        return "no fused layers where sensitivities are mixed from Gaussians"
+    if c.pair_cutoff is not None:
+        return "no fused layers where pairs end before the cutoff function vanishes"
+    return ""
+
+
+class FusedHipnn:
+    """A `Hipnn` on the CPU, for energies and forces only.
+
+    Args:
+        model: the network; the radial parts of its weights are read once, when this is made.
+
+    Raises:
+        ValueError: see `why_not`.
+    """
+
+    def __init__(self, model: Hipnn):
+        reason = why_not(model)
+        if reason:
+            raise ValueError(reason)
+        self.model = model
+        self.index = torch.full((model.encoder.shape[0],), -1, dtype=torch.int32)
+        self.index[list(model.species)] = torch.arange(len(model.species), dtype=torch.int32)
+        self.layers = [_Layer(model, k) for k in range(model.config.n_interactions)]
+
+    @torch.no_grad()
+    def evaluate(self, species: Tensor, geometry: Geometry, halo: Halo | None = None) -> Fused:
+        """Energies, forces and virial.
+
+        Args:
+            species: (n_send,) atomic numbers.
+            geometry: positions and pairs on the CPU; pairs beyond the cutoff are skipped.
+            halo: makes features of ghosts known; None where there are no ghosts.
+
+        Raises:
+            RuntimeError: the positions ask for a derivative.
+            ValueError: ghosts, several layers, and no halo.
+        """
+        if geometry.x.requires_grad:
+            raise RuntimeError(
+                "fused inference gives forces that cannot be differentiated again; evaluate_pairs "
+                "with create_graph=True can"
+            )
+        halo, pairs = halo or NoHalo(), geometry.pairs
+        where, n_thread = self._where(species, geometry), numba_cpu.threads()
+        energy = self.model.reference_energy(species[: pairs.n_recv])
+        z: list[Tensor] = [self.model.encoder[species.long()]]
+        energy += self.model.readouts[0](z[0][: pairs.n_recv])[:, 0].double()
+        mixed: list[Tensor | None] = []
+        for layer in self.layers[:-1]:
+            kept, features = layer.forward(where, z[-1], energy, n_thread)
+            mixed.append(kept)
+            z.append(check_filled(halo.fill(features), pairs).contiguous())
+        mixed.append(None)
+        dtype = np.float32 if self.model.encoder.dtype == torch.float32 else np.float64
+        found = fused_cpu.Gradients(pairs.n_send, 0, dtype, n_thread)
+        gradient: Tensor | None = None
+        for k in reversed(range(len(self.layers))):
+            along, sent = self.layers[k].backward(where, z[k], mixed[k], gradient, energy, found)
+            if k > 0:
+                gradient = halo.adjoint(sent)[: pairs.n_recv] + along
+        forces, _, virial = found.total()
+        closest = float(found.closest)
+        return Fused(energy, torch.from_numpy(forces), torch.from_numpy(virial), closest)
+
+    def _where(self, species: Tensor, geometry: Geometry) -> Any:
+        g = geometry
+        return fused_cpu.geometry(
+            g.x.numpy(),
+            g.pairs.row_ptr.numpy(),
+            g.pairs.sender.numpy(),
+            None if g.translation is None else g.translation.numpy(),
+            None if g.translations is None else g.translations.numpy(),
+            self.index[species.long()].numpy(),
+        )
+
+
+class _Layer:
+    """One block of the network: its sums over neighbours and its atom layers."""
+
+    def __init__(self, model: Hipnn, number: int):
+        self.model, self.number = model, number
+        self.first, *self.others = cast(nn.ModuleList, model.blocks[number])
+        self.interaction = cast(Any, self.first.layer)
+        kind = TensorSums if model.config.order else EnvironmentSums
+        self.sums: Sums = kind(self.interaction, is_first=number == 0)
+        self.block = max(64, min(MAX_BLOCK, self.sums.block))
+
+    def forward(
+        self, where: Any, z: Tensor, energy: Tensor, n_thread: int
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the readout to `energy`; returns m (n_recv, C, n_hidden) and the new features."""
+        n_recv, source = len(energy), self.sums.source(z)
+        mixed = z.new_empty(n_recv, *self.sums.shape)
+        out = z.new_empty(n_recv, self.model.config.widths[self.number + 1])
+        for rows in self._blocks(n_recv):
+            mixed[rows] = self.sums.mixed(where, source, rows, n_thread)
+            out[rows], e = self._atoms(mixed[rows], z[rows])
+            energy[rows] += e.double()
+        return mixed, out
+
+    def backward(
+        self,
+        where: Any,
+        z: Tensor,
+        mixed: Tensor | None,
+        gradient: Tensor | None,
+        energy: Tensor,
+        found: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Adds forces and virial to `found`; returns dE/dz along the atom and along its pairs.
+
+        Where `mixed` is None this is the last layer, whose forward pass is made here as well.
+        """
+        n_recv, source = len(energy), self.sums.source(z)
+        along = z.new_zeros(n_recv, z.shape[1])
+        sink = self.sums.sink(found)
+        for rows in self._blocks(n_recv):
+            if mixed is None:
+                m = self.sums.mixed(where, source, rows, len(found.virials))
+            else:
+                m = mixed[rows]
+            wanted = None if gradient is None else gradient[rows]
+            g, along[rows] = self._atoms_backward(m, z[rows], wanted, energy[rows])
+            self.sums.gradient(where, source, g, sink, rows.start)
+        return along, self.sums.sent(sink)
+
+    def _blocks(self, n_recv: int) -> list[slice]:
+        starts = range(0, n_recv, self.block)
+        return [slice(start, min(start + self.block, n_recv)) for start in starts]
+
+    def _atoms(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """m (n, C, n_hidden) and z (n, n_in) -> new features, and the energy they are read as."""
+        activation = self.model.activation
+        out = activation(self.interaction.norms(mixed) + self.interaction.self_interaction(z))
+        if isinstance(self.first, ResidualLayer):
+            out = self.first.out(out) + self.first.adjust(z)
+        for layer in self.others:
+            out = layer(out, activation)
+        return out, self.model.readouts[self.number + 1](out)[:, 0]
+
+    def _atoms_backward(
+        self, mixed: Tensor, z: Tensor, gradient: Tensor | None, energy: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """dE/dm and the part of dE/dz that stays with the atom; the last layer adds its energy."""
+        with torch.enable_grad():
+            inputs = mixed.detach().requires_grad_(), z.detach().requires_grad_(self.number > 0)
+            out, e = self._atoms(*inputs)
+            total = e.sum() if gradient is None else e.sum() + (out * gradient).sum()
+            found = torch.autograd.grad(total, inputs[: 2 if self.number > 0 else 1])
+        if gradient is None:
+            energy += e.detach().double()
+        return found[0], found[1] if self.number > 0 else torch.zeros_like(z)
