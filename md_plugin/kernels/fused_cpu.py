@@ -5,26 +5,27 @@
 
     forward          env[i, nu, a]   = sum_p s_nu(r_p) z[sender(p), a]
     backward         forces, virial, dE/dz from dE/denv
+    tensor_forward   mixed[i, c, a]  = sum_p t_c(p) sum_nu s_nu(r_p) q[sender(p), nu, a]
+    tensor_backward  forces, virial, dE/dq from dE/dmixed
 
     F[i] += g_p        F[j] -= g_p        virial -= r_p (x) g_p        g_p = dE/dr_p
 
 A receiver's row of pairs is the unit of work: its radial functions are computed on the way.
 Receivers come in blocks, begin .. begin + n_block - 1, so that the tiles of a block stay in cache.
 
-`fused_radial` makes the tables of sensitivities; `fused_row` reads and sorts a row, `fused_tiles`
-computes its radial functions, `fused_scalar` sums, `fused_forces` ends a row; `fused_rows` is what
-numba compiles. With one thread numba's threads are never started.
+`fused_arrays` holds what is given and found; `fused_radial` makes the tables of sensitivities;
+`fused_row` reads and sorts a row, `fused_tiles` computes its radial functions, `fused_scalar` and
+`fused_tensor` sum, `fused_forces` ends a row; `fused_rows` and `fused_tensor_rows` are what numba
+compiles. With one thread numba's threads are never started.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import numpy as np
 
 from md_plugin.kernels import fused_rows as rows
-from md_plugin.kernels.fused_forces import N_SUM
+from md_plugin.kernels import fused_tensor_rows as tensor_rows
+from md_plugin.kernels.fused_arrays import Geometry, Gradients, aligned_zeros, geometry
 from md_plugin.kernels.fused_radial import RadialTable
 
 __all__ = [
@@ -35,100 +36,9 @@ __all__ = [
     "backward",
     "forward",
     "geometry",
+    "tensor_backward",
+    "tensor_forward",
 ]
-
-
-class Geometry(NamedTuple):
-    """Positions and pairs as the kernels take them; see `geometry`."""
-
-    x: np.ndarray
-    row_ptr: np.ndarray
-    sender: np.ndarray
-    translation: np.ndarray
-    translations: np.ndarray
-    species: np.ndarray
-
-
-def geometry(
-    x: np.ndarray,
-    row_ptr: np.ndarray,
-    sender: np.ndarray,
-    translation: np.ndarray | None = None,
-    translations: np.ndarray | None = None,
-    species: np.ndarray | None = None,
-) -> Geometry:
-    """What every kernel reads. Indices are not checked.
-
-    Args:
-        x: (n_send, 3) float64 positions, ghosts after the receivers.
-        row_ptr: (n_recv + 1,) int32, rows of the pairs.
-        sender: (n_pair,) int32; pairs beyond rcut are skipped.
-        translation: (n_pair,) int16, row of `translations` that is added to each sender.
-        translations: (n_translation, 3) float64 lattice translations.
-        species: (n_send,) int32 index of the species, for a first layer only.
-    """
-    return Geometry(
-        _four(x),
-        np.ascontiguousarray(row_ptr, np.int32),
-        np.ascontiguousarray(sender, np.int32),
-        _contiguous(translation, np.int16),
-        _four(np.zeros((1, 3)) if translations is None else translations),
-        _contiguous(species, np.int32),
-    )
-
-
-def _four(vectors: np.ndarray) -> np.ndarray:
-    """(n, 3) -> (n, 4), so that one vector load takes a row."""
-    padded = np.zeros((len(vectors), 4))
-    padded[:, :3] = vectors
-    return padded
-
-
-def _contiguous(numbers: np.ndarray | None, dtype: type) -> np.ndarray:
-    return np.empty(0, dtype) if numbers is None else np.ascontiguousarray(numbers, dtype)
-
-
-def aligned_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros that start on a cache line: numpy's own arrays make every vector straddle two."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-class Gradients:
-    """What backward passes add to: one buffer per thread, summed at the end.
-
-    Args:
-        n_send: atoms, ghosts included.
-        n_feat: numbers per atom of the layer's input; 0 for a first layer.
-        dtype: of the network.
-        n_thread: buffers; results are bitwise reproducible for a fixed number.
-
-    Attributes:
-        forces: (n_thread, n_send, 4) float64, the fourth unused.
-        messages: (n_thread, n_send, n_feat), dE/dz.
-        virials: (n_thread, 10) float64, the virial row by row and the smallest r^2 met.
-    """
-
-    def __init__(self, n_send: int, n_feat: int, dtype: type = np.float32, n_thread: int = 1):
-        self.forces = np.zeros((n_thread, n_send, 4))
-        self.messages = aligned_zeros((n_thread, n_send, n_feat), dtype)
-        self.virials = np.zeros((n_thread, N_SUM))
-        self.virials[:, -1] = np.inf
-
-    def total(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Forces (n_send, 3), dE/dz (n_send, n_feat) and virial (3, 3)."""
-        virial = self.virials.sum(axis=0)[:9].reshape(3, 3)
-        forces = self.forces.sum(axis=0)[:, :3]
-        if len(self.messages) == 1:
-            return forces, self.messages[0], virial
-        return forces, self.messages.sum(axis=0), virial
-
-    @property
-    def closest(self) -> float:
-        """Distance of the closest pair within the cutoff; infinite where there is none."""
-        return math.sqrt(self.virials[:, -1].min())
 
 
 def forward(
@@ -147,7 +57,7 @@ def forward(
         TypeError: an array is not of the table's dtype.
         ValueError: an array is not C-contiguous, or too small.
     """
-    _check(where, table, env, begin, table.n_nu)
+    _check(where, table, env, begin, (table.n_nu,))
     end = begin + len(env)
     if z is None:
         _check_species(where)
@@ -177,7 +87,8 @@ def backward(
         TypeError: an array is not of the table's dtype.
         ValueError: an array is not C-contiguous, or too small.
     """
-    _check(where, table, ge, begin, table.n_nu)
+    ge = np.ascontiguousarray(ge)
+    _check(where, table, ge, begin, (table.n_nu,))
     g, end, one = gradients, begin + len(ge), len(gradients.forces) == 1
     given = table.arrays, tuple(where)
     if z is None:
@@ -196,11 +107,93 @@ def backward(
         rows.backward_threads(*given, z, ge, g.forces, g.messages, g.virials, begin)
 
 
-def _check(where: Geometry, table: RadialTable, mine: np.ndarray, begin: int, width: int) -> None:
+def tensor_forward(
+    where: Geometry,
+    table: RadialTable,
+    q: np.ndarray,
+    mixed: np.ndarray,
+    begin: int = 0,
+    n_thread: int = 1,
+    *,
+    by_species: bool = False,
+) -> None:
+    """Write mixed (n_block, 1 | 4 | 9, n_feat) of receivers begin .. begin + n_block - 1.
+
+    Components are those of `model.radial.tensor_components`. q is (n_send, n_nu, n_feat), or
+    by_species (n_species, n_nu, n_feat).
+
+    Raises:
+        TypeError: an array is not of the table's dtype.
+        ValueError: an array is not C-contiguous, or has another shape.
+    """
+    comps = _check_tensor(where, table, q, mixed, begin, by_species)
+    given = table.arrays, tuple(where), q, mixed, comps, int(by_species), begin
+    if n_thread == 1:
+        tensor_rows.tensor_forward_range(*given, begin, begin + len(mixed))
+    else:
+        tensor_rows.tensor_forward_threads(*given, n_thread)
+
+
+def tensor_backward(
+    where: Geometry,
+    table: RadialTable,
+    q: np.ndarray,
+    g: np.ndarray,
+    gradients: Gradients,
+    begin: int = 0,
+    *,
+    by_species: bool = False,
+) -> None:
+    """Add what g = dE/dmixed of a block gives to forces, virial and, unless by_species, dE/dq.
+
+    dE/dq goes to the messages, n_nu n_feat numbers per atom.
+
+    Raises:
+        TypeError: an array is not of the table's dtype.
+        ValueError: an array is not C-contiguous, or has another shape.
+    """
+    g = np.ascontiguousarray(g)
+    comps = _check_tensor(where, table, q, g, begin, by_species)
+    given = table.arrays, tuple(where), q, g, comps
+    forces, sums, end = gradients.forces, gradients.virials, begin + len(g)
+    if by_species:
+        if len(forces) == 1:
+            tensor_rows.tensor_backward_range(*given, forces[0], sums[0], (), begin, begin, end)
+        else:
+            tensor_rows.tensor_backward_species_threads(*given, forces, sums, begin)
+        return
+    messages = gradients.messages
+    _check_senders(where, table, messages[0], (q.shape[1] * q.shape[2],))
+    dq = messages.reshape(len(messages), *q.shape)
+    if len(forces) == 1:
+        target = forces[0], sums[0], (dq[0],)
+        tensor_rows.tensor_backward_range(*given, *target, begin, begin, end)
+    else:
+        tensor_rows.tensor_backward_threads(*given, forces, sums, dq, begin)
+
+
+def _check_tensor(
+    where: Geometry, table: RadialTable, q: np.ndarray, mixed: np.ndarray, begin: int, shared: bool
+) -> tuple[bool, ...]:
+    _check(where, table, mixed, begin, (1, 4, 9))
+    if shared:
+        _check_species(where)
+    _check_array(table, q)
+    shape = (len(q) if shared else len(where.x), table.n_nu, mixed.shape[2])
+    if q.shape != shape:
+        raise ValueError(f"q has shape {q.shape}, not {shape}")
+    n_comp: int = mixed.shape[1]
+    return (True,) * n_comp
+
+
+def _check(
+    where: Geometry, table: RadialTable, mine: np.ndarray, begin: int, widths: tuple[int, ...]
+) -> None:
     """Of an array with a tile (width, n_feat) for each receiver of a block."""
     _check_array(table, mine)
-    if mine.ndim != 3 or mine.shape[1] != width:
-        raise ValueError(f"an array of a block has shape {mine.shape}, not (n_block, {width}, ...)")
+    if mine.ndim != 3 or mine.shape[1] not in widths:
+        wanted = " | ".join(str(width) for width in widths)
+        raise ValueError(f"an array of a block is {mine.shape}, not (n_block, {wanted}, n_feat)")
     if not 0 <= begin <= begin + len(mine) <= len(where.row_ptr) - 1:
         raise ValueError(
             f"receivers {begin} .. {begin + len(mine) - 1}, but there are {len(where.row_ptr) - 1}"

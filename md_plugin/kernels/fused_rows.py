@@ -27,55 +27,55 @@ _LINE = 64  # bytes of the widest vector
 
 
 @_jit
-def work_space(row_ptr, first, last, n_sense, n_key, n_part, kind, source=SOURCE):  # type: ignore[no-untyped-def]
-    """Of one thread, see Row: floats, integers, records, starts, part."""
+def space_of(table, where, span, layer, rows, n_key, by_species, source=SOURCE):  # type: ignore[no-untyped-def]
+    """Work space of one thread, and sizes: see Row.
+
+    span: first and last + 1 of its rows; layer: n_nu, n_feat; rows: of sensitivities, of `part`.
+    """
+    gaussian, row_ptr, kind = table[0], where[1], table[0].dtype
     longest = 0
-    for i in range(first, last):
+    for i in range(span[0], span[1]):
         longest = max(longest, row_ptr[i + 1] - row_ptr[i])
     capacity = (longest + 2 * PAD + AHEAD) // PAD * PAD
-    floats = np.zeros((SENSE + n_sense, capacity), kind.dtype)
+    floats = np.zeros((SENSE + rows[0], capacity), kind)
     integers = np.zeros((2, capacity), np.int32)
-    records = np.zeros((2, capacity, 4), kind.dtype)
-    part = np.zeros((n_part, capacity, _LINE // kind.itemsize), kind.dtype)
-    return floats, integers, records, np.zeros(n_key + 3, np.int32), part
+    records = np.zeros((2, capacity, 4), kind)
+    starts = np.zeros(n_key + 3, np.int32)
+    part = np.zeros((rows[1], capacity, _LINE // gaussian.itemsize), kind)
+    work = floats, integers, records, starts, part
+    shifted = len(where[3])
+    return work + (gaussian.shape[1], layer[0], layer[1], n_key, capacity, shifted, by_species)
 
 
 @_jit
 def forward_range(table, where, z, env, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
     """Write env."""
-    _, n_nu, n_feat = env.shape
-    work = work_space(where[1], first, last, NU_BLOCK, N_BIN, 0, table[0])
-    sizes = (table[0].shape[1], n_nu, n_feat, N_BIN, work[0].shape[1], len(where[3]), 0)
-    forward_rows(table, where, work, sizes, (z, env, begin, first, last))
+    space = space_of(table, where, (first, last), env.shape[1:], (NU_BLOCK, 0), N_BIN, 0)
+    forward_rows(table, where, space, (z, env, begin, first, last))
 
 
 @_jit
 def backward_range(table, where, z, ge, forces, dz, sums, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
     """Add to forces, dz and sums."""
-    _, n_nu, n_feat = ge.shape
-    work = work_space(where[1], first, last, 2 * n_nu, N_BIN, 1, table[0])
-    sizes = (table[0].shape[1], n_nu, n_feat, N_BIN, work[0].shape[1], len(where[3]), 0)
-    backward_rows(table, where, work, sizes, (z, ge, forces, dz, sums, begin, first, last))
+    n_row = 2 * ge.shape[1], 1
+    space = space_of(table, where, (first, last), ge.shape[1:], n_row, N_BIN, 0)
+    backward_rows(table, where, space, (z, ge, forces, dz, sums, begin, first, last))
 
 
 @_jit
 def forward_species_range(table, where, env, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
     """Write env of one-hot features."""
-    _, n_nu, n_feat = env.shape
-    n_key = N_BIN * n_feat
-    work = work_space(where[1], first, last, 0, n_key, 0, table[0])
-    sizes = (table[0].shape[1], n_nu, n_feat, n_key, work[0].shape[1], len(where[3]), 1)
-    forward_species_rows(table, where, work, sizes, (env, begin, first, last))
+    n_key = N_BIN * env.shape[2]
+    space = space_of(table, where, (first, last), env.shape[1:], (0, 0), n_key, 1)
+    forward_species_rows(table, where, space, (env, begin, first, last))
 
 
 @_jit
 def backward_species_range(table, where, ge, forces, sums, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
     """Add to forces and sums."""
-    _, n_nu, n_feat = ge.shape
-    n_key = N_BIN * n_feat
-    work = work_space(where[1], first, last, 0, n_key, 0, table[0])
-    sizes = (table[0].shape[1], n_nu, n_feat, n_key, work[0].shape[1], len(where[3]), 1)
-    backward_species_rows(table, where, work, sizes, (ge, forces, sums, begin, first, last))
+    n_key = N_BIN * ge.shape[2]
+    space = space_of(table, where, (first, last), ge.shape[1:], (0, 0), n_key, 1)
+    backward_species_rows(table, where, space, (ge, forces, sums, begin, first, last))
 
 
 @_jit

@@ -37,11 +37,9 @@ Group = list[Value]
 
 
 @microkernel
-def forward_rows(
-    e: Emitter, table: Group, where: Group, work: Group, sizes: Group, layer: Group
-) -> None:
+def forward_rows(e: Emitter, table: Group, where: Group, space: Group, layer: Group) -> None:
     """Write env; layer: z, env, begin, first, last."""
-    row = Row(e, *table, *where, *work, *sizes)
+    row = Row(e, *table, *where, *space)
     z, env, *span = layer
 
     def body(i: Value, at: Value, n: Value) -> None:
@@ -52,11 +50,9 @@ def forward_rows(
 
 
 @microkernel
-def backward_rows(
-    e: Emitter, table: Group, where: Group, work: Group, sizes: Group, layer: Group
-) -> None:
+def backward_rows(e: Emitter, table: Group, where: Group, space: Group, layer: Group) -> None:
     """Add to forces, dz and sums; layer: z, ge, forces, dz, sums, begin, first, last."""
-    row = Row(e, *table, *where, *work, *sizes)
+    row = Row(e, *table, *where, *space)
     z, ge, forces, dz, sums, *span = layer
 
     def body(i: Value, at: Value, n: Value) -> None:
@@ -72,10 +68,10 @@ def backward_rows(
 
 @microkernel
 def forward_species_rows(
-    e: Emitter, table: Group, where: Group, work: Group, sizes: Group, layer: Group
+    e: Emitter, table: Group, where: Group, space: Group, layer: Group
 ) -> None:
     """Write env of one-hot features; layer: env, begin, first, last."""
-    row = Row(e, *table, *where, *work, *sizes)
+    row = Row(e, *table, *where, *space)
     env, *span = layer
 
     def body(i: Value, at: Value, n: Value) -> None:
@@ -87,10 +83,10 @@ def forward_species_rows(
 
 @microkernel
 def backward_species_rows(
-    e: Emitter, table: Group, where: Group, work: Group, sizes: Group, layer: Group
+    e: Emitter, table: Group, where: Group, space: Group, layer: Group
 ) -> None:
     """Add to forces and sums; layer: ge, forces, sums, begin, first, last."""
-    row = Row(e, *table, *where, *work, *sizes)
+    row = Row(e, *table, *where, *space)
     ge, forces, sums, *span = layer
 
     def body(i: Value, at: Value, n: Value) -> None:

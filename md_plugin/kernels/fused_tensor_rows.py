@@ -1,0 +1,68 @@
+"""The fused kernels of tensor layers compiled by numba; as `fused_rows` for scalar ones.
+
+`comps` is a tuple of as many booleans as there are components, so that each order has code of its
+own. `shared`: q is of species. `dq` is a tuple, empty where dE/dq is not wanted.
+"""
+
+from __future__ import annotations
+
+import numba
+from numba import prange
+
+from md_plugin.kernels.fused_radial import N_BIN
+from md_plugin.kernels.fused_row import SOURCE
+from md_plugin.kernels.fused_rows import part_of, space_of
+from md_plugin.kernels.fused_tensor import tensor_backward_rows, tensor_forward_rows
+
+_OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
+_jit, _parallel_jit = numba.njit(**_OPTIONS), numba.njit(parallel=True, **_OPTIONS)
+
+
+@_jit
+def tensor_space(table, where, q, comps, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+    """Work space of one thread, and sizes."""
+    rows = 2 * q.shape[1] + len(comps) - 1, len(comps)
+    return space_of(table, where, (first, last), q.shape[1:], rows, N_BIN, 0)
+
+
+@_jit
+def tensor_forward_range(table, where, q, m, comps, shared, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+    """Write m."""
+    space = tensor_space(table, where, q, comps, first, last)
+    tensor_forward_rows(table, where, space, comps, (q, m, shared, begin, first, last))
+
+
+@_jit
+def tensor_backward_range(  # type: ignore[no-untyped-def]
+    table, where, q, g, comps, forces, sums, dq, begin, first, last, source=SOURCE
+):
+    """Add to forces, sums and dq."""
+    space = tensor_space(table, where, q, comps, first, last)
+    layer = (q, g, forces, sums) + dq + (begin, first, last)
+    tensor_backward_rows(table, where, space, comps, layer)
+
+
+@_parallel_jit
+def tensor_forward_threads(table, where, q, m, comps, shared, begin, n_thread, source=SOURCE):  # type: ignore[no-untyped-def]
+    """Write m."""
+    for t in prange(n_thread):
+        first, last = part_of(begin, len(m), t, n_thread)
+        tensor_forward_range(table, where, q, m, comps, shared, begin, first, last)
+
+
+@_parallel_jit
+def tensor_backward_threads(table, where, q, g, comps, forces, sums, dq, begin, source=SOURCE):  # type: ignore[no-untyped-def]
+    """Add to forces[t], sums[t] and dq[t]."""
+    for t in prange(len(forces)):
+        first, last = part_of(begin, len(g), t, len(forces))
+        tensor_backward_range(
+            table, where, q, g, comps, forces[t], sums[t], (dq[t],), begin, first, last
+        )
+
+
+@_parallel_jit
+def tensor_backward_species_threads(table, where, q, g, comps, forces, sums, begin, source=SOURCE):  # type: ignore[no-untyped-def]
+    """Add to forces[t] and sums[t]."""
+    for t in prange(len(forces)):
+        first, last = part_of(begin, len(g), t, len(forces))
+        tensor_backward_range(table, where, q, g, comps, forces[t], sums[t], (), begin, first, last)
