@@ -19,12 +19,13 @@ from torch import Tensor
 from md_plugin.bench_core import HIPPYNN, OURS, Contest, Options, Provider, present, relative, worst
 from md_plugin.bench_systems import (
     CHECKED_ATOMS,
-    RCUT_46,
     RCUT_60,
     Problem,
     aluminium,
+    kernel_geometry,
     network,
 )
+from md_plugin.bench_vector import vector_layer
 from md_plugin.kernels import get_backend, reference
 from md_plugin.pairs import Pairs
 
@@ -78,54 +79,60 @@ class SumInputs:
         first, second = (self.arrays[key] for key in SUMS[name])
         return function(first, second, self.pairs)
 
+    def error(self, name: str, function: Sum) -> float:
+        """Of one sum against float64."""
+        first, second = (self.arrays[key].double() for key in SUMS[name])
+        want = getattr(reference, name)(first, second, self.pairs)
+        return relative(self.call(name, function), want)
+
 
 def sums(options: Options) -> Iterator[Contest]:
-    """envsum, sensesum, featsum: list reused and list new at every call."""
+    """envsum, sensesum, featsum, and all three: list reused and list new at every call."""
     timed = SumInputs(options.atoms, options.seed)
     small = SumInputs(min(CHECKED_ATOMS, options.atoms), options.seed + 1)
-    flop = 2.0 * timed.pairs.n_pair * N_NU * N_FEAT
-    notes = timed.problem.notes() | {"n_nu": N_NU, "n_feat": N_FEAT}
-    for name in SUMS:
+    for names in (*((name,) for name in SUMS), tuple(SUMS)):
         for fresh in (False, True):
-
-            def provider(label: str, side: str, function: Sum) -> Provider:
-                return Provider(
-                    label,
-                    side,
-                    call=lambda: timed.call(name, function),  # noqa: B023
-                    error=lambda: _sum_error(small, name, function),  # noqa: B023
-                    before=timed.renew if fresh else lambda: None,  # noqa: B023
-                )
-
-            providers = [
-                provider("ours, numba", OURS, getattr(get_backend("numba").kernels, name)),
-                provider("ours, torch reference", OURS, getattr(reference, name)),
-                provider("hippynn, numba", HIPPYNN, _peer("numba", name)),
-                provider("hippynn, torch", HIPPYNN, _peer("_legacy", name)),
-            ]
-            what = f"{name}, list {'new' if fresh else 'reused'}"
-            shape = (len(timed.problem.atoms), flop, notes)
-            yield Contest(what, present(providers), "hippynn, numba", *shape)
+            yield _sum_contest(names, timed, small, fresh)
 
 
-def _sum_error(small: SumInputs, name: str, function: Sum) -> float:
-    small.renew()
-    first, second = (small.arrays[key].double() for key in SUMS[name])
-    want = getattr(reference, name)(first, second, small.pairs)
-    return relative(small.call(name, function), want)
+def _sum_contest(
+    names: tuple[str, ...], timed: SumInputs, small: SumInputs, fresh: bool
+) -> Contest:
+    def provider(label: str, side: str, kernels: Any) -> Provider:
+        def call() -> None:
+            for name in names:
+                timed.call(name, getattr(kernels(), name))
+
+        def error() -> float:
+            small.renew()
+            return worst(*(small.error(name, getattr(kernels(), name)) for name in names))
+
+        return Provider(label, side, call, error, timed.renew if fresh else lambda: None)
+
+    providers = [
+        provider("ours, numba", OURS, lambda: get_backend("numba").kernels),
+        provider("ours, torch reference", OURS, lambda: reference),
+        provider("hippynn, numba", HIPPYNN, lambda: _Peer("numba")),
+        provider("hippynn, torch", HIPPYNN, lambda: _Peer("_legacy")),
+    ]
+    what = f"{names[0] if len(names) == 1 else 'all three'}, list {'new' if fresh else 'reused'}"
+    flop = 2.0 * len(names) * timed.pairs.n_pair * N_NU * N_FEAT
+    notes = timed.problem.notes() | {"n_nu": N_NU, "n_feat": N_FEAT}
+    n = len(timed.problem.atoms)
+    return Contest(what, present(providers), "hippynn, numba", n, flop, notes)
 
 
-def _peer(implementation: str, name: str) -> Sum:
-    """hippynn's kernel; resolved when it is called, since hippynn may not be installed."""
+class _Peer:
+    """hippynn's three sums of one implementation, on our pairs."""
 
-    def function(first: Tensor, second: Tensor, pairs: Pairs) -> Tensor:
+    def __init__(self, implementation: str):
         from hippynn.custom_kernels.registry import MessagePassingKernels
 
-        kernels = MessagePassingKernels.get_implementation(implementation)
-        result: Tensor = getattr(kernels, name)(first, second, pairs.receiver, pairs.sender_long)
-        return result
+        self.kernels = MessagePassingKernels.get_implementation(implementation)
 
-    return function
+    def __getattr__(self, name: str) -> Sum:
+        function = getattr(self.kernels, name)
+        return lambda a, b, pairs: function(a, b, pairs.receiver, pairs.sender_long)
 
 
 def layer(options: Options) -> Iterator[Contest]:
@@ -179,15 +186,7 @@ class ScalarLayer:
         """env (n, n_nu, n_feat) where it is kept, forces (n, 3), dE/dz (n, n_feat)."""
         from md_plugin.kernels import fused_cpu
 
-        geometry = self.problem.geometry
-        shifted = geometry.translation is not None and geometry.translations is not None
-        where = fused_cpu.geometry(
-            geometry.x.numpy(),
-            geometry.pairs.row_ptr.numpy(),
-            geometry.pairs.sender.numpy(),
-            geometry.translation.numpy().astype(np.uint8) if shifted else None,  # type: ignore
-            geometry.translations.numpy() if shifted else None,  # type: ignore
-        )
+        where = kernel_geometry(self.problem.geometry)
         n_thread = torch.get_num_threads()
         sums = fused_cpu.Gradients(len(self.z), N_FEAT, np.float32, n_thread)
         kept = []
@@ -229,8 +228,9 @@ class ScalarLayer:
     def _by_autograd(
         self, envsum: Any, keep: bool, sensitivity: Any = None, dtype: Any = torch.float32
     ) -> tuple[Tensor, Tensor, Tensor]:
-        r = self.r.to(dtype).requires_grad_()
-        z = torch.from_numpy(self.z).to(dtype).requires_grad_()
+        # detach: `to` may give the very tensor
+        given = self.r, torch.from_numpy(self.z)
+        r, z = (x.to(dtype).detach().requires_grad_() for x in given)
         env = envsum((sensitivity or self.sensitivity)(r), z)
         ge = torch.from_numpy(self.ge).to(dtype)
         gr, gz = torch.autograd.grad(env, (r, z), ge)
@@ -250,13 +250,3 @@ class ScalarLayer:
             torch.float64,
         )
         return worst(*map(relative, function(keep=True), want))
-
-
-def vector_layer(options: Options) -> Contest:
-    """HIP-NN-TS, 128 features: energy and forces of two interaction layers without atom layers, of
-    which the first is one-hot and costs little; a layer that contracts V first has no env."""
-    from md_plugin.bench_models import model_contest
-
-    changes = {"order": 1, "n_feat": 128, "n_atom_layers": 0, "rcut": RCUT_46, "r_max": 5.2}
-    what = "vector layer, 128 features (network of 2)"
-    return model_contest(what, network(2, **changes), options, max(1, options.atoms // 4))

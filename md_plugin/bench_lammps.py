@@ -30,7 +30,7 @@ PEER = "hippynn, MLIAPInterface"
 
 
 def lammps(options: Options) -> Iterator[Contest]:
-    """A step in LAMMPS, one and two layers, both as objects of pair_style mliap/py."""
+    """One MD step in LAMMPS, one and two layers, all under pair_style mliap/py."""
     for layers in (2,) if options.quick else (1, 2):
         what = f"LAMMPS step, {layers} layer{'s' * (layers > 1)}"
         atoms = aluminium(options.atoms, options.seed)

@@ -54,7 +54,7 @@ Builder = Callable[[int, int], Atoms]
 
 
 def model(options: Options) -> Iterator[Contest]:
-    """Energy and forces: A and A2 of the kernel study (one and two layers), vectors, 4 species."""
+    """Energy and forces: one and two scalar layers, two vector layers (a quarter of the atoms)."""
     n = options.atoms
     yield model_contest("A: 1 layer, 64 features", network(1), options, n)
     yield model_contest("A2: 2 layers, 64 features", network(2), options, n)
@@ -138,7 +138,7 @@ def energy_error(net: Hipnn, problem: Problem, found: Results) -> float:
 
 
 def train(options: Options) -> Iterator[Contest]:
-    """Loss of energy and forces and its gradient in the weights, one and two layers."""
+    """One training step: loss of energy and forces, its gradient in all weights."""
     for layers in (1, 2):
         net = network(layers)
         timed = Problem(aluminium(max(1, options.atoms // 4), options.seed), net.rcut)
@@ -201,7 +201,7 @@ def _loss(energy: Tensor, forces: Tensor) -> Tensor:
 
 
 def ase(options: Options) -> Iterator[Contest]:
-    """One step of molecular dynamics in ASE, one and two layers."""
+    """One MD step in ASE, one and two layers."""
     for layers in (1, 2):
         net = network(layers)
         small = Problem(aluminium(min(CHECKED_ATOMS, options.atoms), options.seed + 1), net.rcut)
@@ -255,7 +255,7 @@ def peer_calculator(net: Hipnn) -> Any:
 
 
 def silver_case(options: Options) -> Iterator[Contest]:
-    """LANL's "MLMD" shape, 568 to 18,176 atoms; one step in LAMMPS at the smallest size."""
+    """The shape of LANL's ATS-5 "MLMD": silver, 568 to 18,176 atoms; LAMMPS at 568."""
     from md_plugin.bench_lammps import lammps_contest
 
     net = silver_network()

@@ -30,36 +30,43 @@ from md_plugin.potential import Potential
 
 SIZES = (256, 2048, 16384, 131072, 1_000_000)
 FIRST_GUESS = 20_000.0  # bytes per atom, until there is a slope
+MEANINGFUL = 16384  # atoms, from where on a slope of the whole peak says something
 LIMIT = 900.0  # s, for one child
 
 
 def scale(options: Options) -> Iterator[Row]:
-    """Rows of 256 to 1e6 atoms and their doubles, on one thread and on all."""
-    sizes = (108, 256) if options.quick else SIZES
+    """Ours alone, 256 to 1e6 atoms, memory per atom, on one thread and on all."""
+    sizes = (108,) if options.quick else SIZES
     counts = sorted({1, options.threads, 1 if options.quick else os.cpu_count() or 1})
     for threads in counts:
         per_atom = FIRST_GUESS
         for n in sizes:
             what = f"1 layer, {n} atoms, {threads} thread{'s' * (threads > 1)}"
             row = Row("scale", what, "ours", OURS, "ok")
-            if 2 * n * per_atom > available_bytes():
+            if n * per_atom > available_bytes():
                 yield replace(row, status=skipped(n, per_atom))
                 continue
+            twice = [2 * n] if 2 * n * per_atom <= available_bytes() else []
             try:
-                small, large = (measure(size, threads, options) for size in (n, 2 * n))
-            except RuntimeError as problem:
+                found = [measure(size, threads, options) for size in (n, *twice)]
+            except (RuntimeError, subprocess.TimeoutExpired) as problem:
                 yield replace(row, status=f"failed: {problem}")
                 continue
-            yield finished(row, small, large)
-            if n >= 2048:
-                more = large["atoms"] - small["atoms"]
-                per_atom = max(1000.0, (large["peak"] - small["peak"]) / more)
+            yield finished(row, found)
+            per_atom = max(per_atom if n < MEANINGFUL else 1000.0, slope_of(found, "peak") or 0.0)
 
 
-def finished(row: Row, small: dict[str, Any], large: dict[str, Any]) -> Row:
-    """The row of a size from its child and that of twice the size."""
-    more = large["atoms"] - small["atoms"]
-    slope = (large["during"] - small["during"]) / more if more else None
+def slope_of(found: list[dict[str, Any]], key: str) -> float | None:
+    """Bytes per atom between a size and its double; None where the double did not fit."""
+    if len(found) < 2 or found[1]["atoms"] == found[0]["atoms"]:
+        return None
+    small, large = found
+    return float((large[key] - small[key]) / (large["atoms"] - small["atoms"]))
+
+
+def finished(row: Row, found: list[dict[str, Any]]) -> Row:
+    """The row of a size from its child and, where it fits, that of twice the size."""
+    small, slope = found[0], slope_of(found, "during")
     low, median, high = np.quantile(small["seconds"], [0.2, 0.5, 0.8]).tolist()
     return replace(
         row,
@@ -80,8 +87,8 @@ def finished(row: Row, small: dict[str, Any], large: dict[str, Any]) -> Row:
 
 def skipped(n: int, per_atom: float) -> str:
     """Why a size is not measured."""
-    need, there = 2 * n * per_atom / 2**30, available_bytes() / 2**30
-    return f"skipped: {2 * n} atoms need about {need:.1f} GB, {there:.1f} GB are free"
+    need, there = n * per_atom / 2**30, available_bytes() / 2**30
+    return f"skipped: {n} atoms need about {need:.1f} GB, {there:.1f} GB are free"
 
 
 def available_bytes() -> float:

@@ -128,6 +128,21 @@ class Problem:
         }
 
 
+def kernel_geometry(geometry: Geometry) -> Any:
+    """Positions and skin list, as the fused kernels on the CPU read them."""
+    from md_plugin.kernels import fused_cpu
+
+    g = geometry
+    shift, shifts = g.translation, g.translations
+    return fused_cpu.geometry(
+        g.x.numpy(),
+        g.pairs.row_ptr.numpy(),
+        g.pairs.sender.numpy(),
+        None if shift is None else shift.numpy(),
+        None if shifts is None else shifts.numpy(),
+    )
+
+
 def exact(model: Hipnn, problem: Problem) -> Evaluation:
     """Energies and forces of the same weights in float64, by torch's plain operations."""
     twin = Hipnn(model.config)
@@ -172,7 +187,6 @@ def threads_and_kernels(options: Options) -> Iterator[None]:
     # In this order: numba's pool, when it starts, overwrites the thread count of torch.
     numba.set_num_threads(wanted)
     torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
     active = None
     if not peer_absence():
         from hippynn import custom_kernels
@@ -180,7 +194,9 @@ def threads_and_kernels(options: Options) -> Iterator[None]:
         active = custom_kernels.CUSTOM_KERNELS_ACTIVE
         custom_kernels.set_custom_kernels("numba")
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            yield
     finally:
         if active:
             custom_kernels.set_custom_kernels(active)

@@ -68,10 +68,10 @@ def test_silver_without_lammps_or_hippynn(no_hippynn, monkeypatch):
 
 def test_scale_says_time_and_memory(monkeypatch):
     rows = bench.run_bench(["scale"], QUICK)
-    assert [row.status for row in rows] == ["ok", "ok"] and rows[0].us_per_atom > 0
+    assert [row.status for row in rows] == ["ok"] and rows[0].us_per_atom > 0
     assert rows[0].notes["bytes per atom of the list"] > 0 and rows[0].error < 2e-5
     monkeypatch.setattr(bench_scale, "available_bytes", lambda: 1e6)
-    assert bench.run_bench(["scale"], QUICK)[0].status.startswith("skipped: 216 atoms need about")
+    assert bench.run_bench(["scale"], QUICK)[0].status.startswith("skipped: 108 atoms need about")
 
 
 def test_scale_shows_why_a_child_failed(monkeypatch):
@@ -172,8 +172,8 @@ def test_list_names_every_case(capsys):
 
 
 def test_the_bench_leaves_threads_and_seeds_as_they_were(no_hippynn):
-    before = torch.get_num_threads()
-    bench.run_bench(["train"], Options(atoms=32, rounds=1, quick=True, threads=before + 1))
+    before, other = torch.get_num_threads(), 2 if torch.get_num_threads() == 1 else 1
+    bench.run_bench(["train"], Options(atoms=32, rounds=1, quick=True, threads=other))
     assert torch.get_num_threads() == before
 
 
