@@ -240,7 +240,8 @@ def test_tensor_layer(dtype, n_comp, n_nu, n_feat, by_species):
     mu, sigma = radial_parameters(n_nu, rcut)
     exact = tensor_reference(where, receiver, mu, sigma, rcut, q, g, by_species)
     table = RadialTable.build(mu, sigma, rcut, dtype)
-    for n_block, n_thread in ((31, 1), (10, 2)):
+    # Threads share out rows in the same way whatever is summed: once is enough to compile for.
+    for n_block, n_thread in ((10, 1), (10, 2))[: 2 if n_comp == 4 else 1]:
         check(run_tensor(where, table, q, g, by_species, n_block, n_thread), exact, dtype)
 
 

@@ -186,9 +186,7 @@ def _prefetch(tile: Tile, mine: Value, z: Value, dz: Value, p: Value) -> None:
         e.prefetch(e.at(mine, b.add(following, line)))
     for k in range(2):
         j = sender_of(row, b.add(p, I64(AHEAD + k)))
-        for target in (z, dz):
-            for v in range(tile.size):
-                e.prefetch(e.at(tile.of(target, j), I64(v * e.lanes)))
+        tile.prefetch([z, dz], j)
 
 
 def _radial_gradient(row: Row, n: Value) -> None:

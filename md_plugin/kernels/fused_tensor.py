@@ -156,6 +156,7 @@ def _gradient_tile(tile: Tile, mine: Value, sent: Group, n: Value, n_comp: int) 
 
     def body(p: Value, _: Any) -> Group:
         first = b.mul(e.index(row.keys, p), row.n_nu)
+        soon = b.mul(e.index(row.keys, b.add(p, I64(2))), row.n_nu)
         y = _along_components(tile, mine, p, n_comp)
 
         def inner(nu: Value, sums: Group) -> Group:
@@ -164,6 +165,8 @@ def _gradient_tile(tile: Tile, mine: Value, sent: Group, n: Value, n_comp: int) 
             number = b.add(first, nu)
             loaded = tile.load(tile.of(sent[0], number))
             for dq in sent[1:]:
+                # A pair that comes soon has about the same window.
+                tile.prefetch(sent, b.add(soon, nu))
                 address = tile.of(dq, number)
                 before = tile.load(address)
                 tile.store([e.fma(s, a, x) for a, x in zip(y, before, strict=True)], address)

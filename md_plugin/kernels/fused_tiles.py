@@ -144,6 +144,13 @@ class Tile:
         for v, (value, mask) in enumerate(zip(values, self.masks, strict=True)):
             e.store(value, e.at(address, I64(v * e.lanes)), mask)
 
+    def prefetch(self, bases: list[Value], number: Value) -> None:
+        """The lines of the tile in row `number` of some arrays."""
+        e = self.row.e
+        for base in bases:
+            for v in range(self.size):
+                e.prefetch(e.at(self.of(base, number), I64(v * e.lanes)))
+
     def add_product(self, rows: tuple[list[Value], list[Value]], p: Value, number: int = 0) -> None:
         """part[number, p] += product of two tiles, by lanes; the first tile starts the sum."""
         row, e, b = self.row, self.row.e, self.row.e.builder
