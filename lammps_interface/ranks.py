@@ -54,7 +54,7 @@ def device_of_rank(asked: str, rank_on_node: int) -> torch.device:
     """
     import torch
 
-    from md_plugin.potential import choose_device
+    from md_plugin.devices import choose_device
 
     device = choose_device(asked)
     if device.type == "cuda" and device.index is None:

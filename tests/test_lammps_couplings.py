@@ -14,7 +14,7 @@ from lammps_interface.couplings import Coupling, check_table, predicted_table
 from lammps_interface.exchange import check_exchange
 from lammps_interface.mliap import HipnnMLIAP
 from md_plugin.checkpoint import model_bytes
-from md_plugin.potential import choose_device
+from md_plugin.devices import choose_device
 
 
 def lammps(version=20260704, **changes):

@@ -97,7 +97,8 @@ class EnvironmentSums:
         dtype = self.table.gaussian.dtype.type
         env = fused_cpu.aligned_zeros((n_rows, self.n_nu, self.n_in), dtype)
         fused_cpu.forward(where, self.table, source, env, rows.start, n_thread)
-        return (torch.from_numpy(env).reshape(n_rows, -1) @ self.weight)[:, None]
+        scalar: Tensor = torch.from_numpy(env).reshape(n_rows, -1) @ self.weight
+        return scalar[:, None]
 
     def sink(self, found: Any) -> Any:
         """See `Sums`."""

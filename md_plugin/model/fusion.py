@@ -51,8 +51,6 @@ def why_not(model: Hipnn) -> str:
     c = model.config
     if model.encoder.device.type != "cpu":
         return f"the network is on {model.encoder.device.type}"
-    if c.order and not hasattr(fused_cpu, "tensor_forward"):
-        return f"no fused layers for a {c.kind}"
     if c.n_max:
         return f"no fused layers for a {c.kind}"
     if c.n_gaussians is not None:
