@@ -131,6 +131,10 @@ class FusedHipnn:
         )
 
 
+def _blocks(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(k, min(k + size, stop)) for k in range(start, stop, size)]
+
+
 class _Layer:
     """One block of the network: its sums over neighbours and its atom layers."""
 
@@ -140,7 +144,7 @@ class _Layer:
         self.interaction = cast(Any, self.first.layer)
         kind = TensorSums if model.config.order else EnvironmentSums
         self.sums: Sums = kind(self.interaction, is_first=number == 0)
-        self.block = max(64, min(MAX_BLOCK, self.sums.block))
+        self.block = max(64, min(MAX_BLOCK, self.sums.block))  # of the sums
 
     def forward(
         self, where: Any, z: Tensor, energy: Tensor, n_thread: int
@@ -149,8 +153,8 @@ class _Layer:
         n_recv, source = len(energy), self.sums.source(z)
         mixed = z.new_empty(n_recv, *self.sums.shape)
         out = z.new_empty(n_recv, self.model.config.widths[self.number + 1])
-        for rows in self._blocks(n_recv):
-            mixed[rows] = self.sums.mixed(where, source, rows, n_thread)
+        for rows in _blocks(0, n_recv, MAX_BLOCK):
+            self._mix(where, source, rows, mixed[rows], n_thread)
             out[rows], e = self._atoms(mixed[rows], z[rows])
             energy[rows] += e.double()
         return mixed, out
@@ -171,19 +175,24 @@ class _Layer:
         n_recv, source = len(energy), self.sums.source(z)
         along = z.new_zeros(n_recv, z.shape[1])
         sink = self.sums.sink(found)
-        for rows in self._blocks(n_recv):
+        for rows in _blocks(0, n_recv, MAX_BLOCK):
             if mixed is None:
-                m = self.sums.mixed(where, source, rows, len(found.virials))
+                m = z.new_empty(rows.stop - rows.start, *self.sums.shape)
+                self._mix(where, source, rows, m, len(found.virials))
             else:
                 m = mixed[rows]
             wanted = None if gradient is None else gradient[rows]
             g, along[rows] = self._atoms_backward(m, z[rows], wanted, energy[rows])
-            self.sums.gradient(where, source, g, sink, rows.start)
+            for part in _blocks(rows.start, rows.stop, self.block):
+                part_of_g = g[part.start - rows.start : part.stop - rows.start]
+                self.sums.gradient(where, source, part_of_g, sink, part.start)
         return along, self.sums.sent(sink)
 
-    def _blocks(self, n_recv: int) -> list[slice]:
-        starts = range(0, n_recv, self.block)
-        return [slice(start, min(start + self.block, n_recv)) for start in starts]
+    def _mix(self, where: Any, source: Any, rows: slice, mixed: Tensor, n_thread: int) -> None:
+        """Writes m (n_rows, C, n_hidden) of some receivers."""
+        for part in _blocks(rows.start, rows.stop, self.block):
+            place = slice(part.start - rows.start, part.stop - rows.start)
+            mixed[place] = self.sums.mixed(where, source, part, n_thread)
 
     def _atoms(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """m (n, C, n_hidden) and z (n, n_in) -> new features, and the energy they are read as."""
