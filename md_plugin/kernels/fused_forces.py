@@ -109,12 +109,13 @@ def _add_sums(row: Row, virial: list[Value], closest: Value, sums: Value) -> Non
     e, b = row.e, row.e.builder
     done: dict[int, Value] = {}  # a symmetric virial names its sums twice
     for k, vector in enumerate(virial):
-        address = b.bitcast(e.at(sums, I64(k), F64), F64.as_pointer())
+        address = e.at(sums, I64(k), F64)
         if id(vector) not in done:
             done[id(vector)] = e.widen(e.total(vector))
-        b.store(b.fsub(b.load(address, typ=F64), done[id(vector)]), address)
-    address = b.bitcast(e.at(sums, I64(N_SUM - 1), F64), F64.as_pointer())
-    b.store(e.lesser(e.widen(e.least(closest)), b.load(address, typ=F64)), address)
+        e.store_scalar(b.fsub(e.load_scalar(address, F64), done[id(vector)]), address)
+    address = e.at(sums, I64(N_SUM - 1), F64)
+    nearest = e.lesser(e.widen(e.least(closest)), e.load_scalar(address, F64))
+    e.store_scalar(nearest, address)
 
 
 def _along(row: Row, p: Value) -> Value:

@@ -24,7 +24,7 @@ from md_plugin.kernels.simd import registers
 
 Value = Any  # of LLVM's intermediate language
 
-I1, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F64 = ir.DoubleType()
 
 
@@ -77,23 +77,28 @@ class Emitter:
     # ---- memory ----------------------------------------------------------------------------------
     def at(self, base: Value, index: Value, type_: Any = None) -> Value:
         """Address of element `index` (i64) behind a pointer."""
-        return self.builder.gep(base, [index], source_etype=type_ or self.scalar)
+        return self.builder.gep(self._to(base, type_ or self.scalar), [index])
+
+    def _to(self, address: Value, type_: Any) -> Value:
+        """The address as a pointer to some type; llvmlite's are typed up to some release."""
+        return self.builder.bitcast(address, type_.as_pointer())
 
     def load(self, address: Value, mask: Value | None = None) -> Value:
         """A vector from any address; lanes outside the mask are zero and are not touched."""
         if mask is None:
-            return self.builder.load(address, typ=self.vector, align=self.size)
-        name = f"llvm.masked.load.{self._mangled}.p0"
-        signature = (self.vector, [ir.PointerType(), I32, self.mask_type, self.vector])
+            return self.builder.load(self._to(address, self.vector), align=self.size)
+        address = self._to(address, self.vector)
+        name = f"llvm.masked.load.{self._mangled}.p0{self._mangled}"
+        signature = (self.vector, [address.type, I32, self.mask_type, self.vector])
         return self._call(name, signature, [address, I32(self.size), mask, self.const(0.0)])
 
     def load_scalar(self, address: Value, type_: Any = None) -> Value:
         """One number."""
-        return self.builder.load(address, typ=type_ or self.scalar)
+        return self.builder.load(self._to(address, type_ or self.scalar))
 
     def store_scalar(self, value: Value, address: Value) -> None:
         """One number, of the type that it has."""
-        self.builder.store(value, self.builder.bitcast(address, value.type.as_pointer()))
+        self.builder.store(value, self._to(address, value.type))
 
     def index(self, base: Value, at: Value, type_: Any = I32) -> Value:
         """Element of an int32 array, or of another one, as i64."""
@@ -109,18 +114,19 @@ class Emitter:
 
     def store(self, value: Value, address: Value, mask: Value | None = None) -> None:
         """A vector (or several in one) to any address; lanes outside the mask are not touched."""
+        address = self._to(address, value.type)
         if mask is None:
-            typed = self.builder.bitcast(address, value.type.as_pointer())
-            self.builder.store(value, typed, align=self.size)
+            self.builder.store(value, address, align=self.size)
             return
-        name = f"llvm.masked.store.{self._mangled}.p0"
-        signature = (ir.VoidType(), [self.vector, ir.PointerType(), I32, self.mask_type])
+        name = f"llvm.masked.store.{self._mangled}.p0{self._mangled}"
+        signature = (ir.VoidType(), [self.vector, address.type, I32, self.mask_type])
         self._call(name, signature, [value, address, I32(self.size), mask])
 
     def prefetch(self, address: Value) -> None:
         """Fetch a cache line that is written soon; any address may be given."""
-        signature = (ir.VoidType(), [ir.PointerType(), I32, I32, I32])
-        self._call("llvm.prefetch.p0", signature, [address, I32(1), I32(3), I32(1)])
+        address = self._to(address, I8)
+        signature = (ir.VoidType(), [address.type, I32, I32, I32])
+        self._call("llvm.prefetch.p0i8", signature, [address, I32(1), I32(3), I32(1)])
 
     # ---- records of four -------------------------------------------------------------------------
     def quad(self, scalar: Any = None) -> Any:
@@ -129,13 +135,13 @@ class Emitter:
 
     def load_quad(self, address: Value, scalar: Any = None) -> Value:
         """Four numbers (of another type, where given) from any address."""
-        return self.builder.load(address, typ=self.quad(scalar), align=self.size)
+        return self.builder.load(self._to(address, self.quad(scalar)), align=self.size)
 
     def load_records(self, address: Value) -> list[Value]:
         """`lanes` records of four numbers in a row -> one vector for each of the four."""
         step = 4 * self.lanes
         wide = ir.VectorType(self.scalar, step)
-        records = self.builder.load(address, typ=wide, align=self.size)
+        records = self.builder.load(self._to(address, wide), align=self.size)
         undef = ir.Constant(wide, ir.Undefined)
         return [self.shuffle(records, undef, range(k, step, 4)) for k in range(4)]
 
