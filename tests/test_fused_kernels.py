@@ -361,6 +361,8 @@ def test_arrays_of_other_kinds_are_refused():
     where, _ = system(5, 31, 13, 900, False)
     table = RadialTable.build(*radial_parameters(9, 4.0), 4.0)
     z, env = np.ones((44, 6), np.float32), np.ones((31, 9, 6), np.float32)
+    with pytest.raises(ValueError, match="atom 2 is of none"):
+        geometry(where.x[:3, :3], where.row_ptr, where.sender, species=np.array([0, 1, -1]))
     with pytest.raises(TypeError, match="float64"):
         forward(where, table, z.astype(float), env)
     with pytest.raises(ValueError, match="C-contiguous"):

@@ -29,7 +29,7 @@ def geometry(
     translations: np.ndarray | None = None,
     species: np.ndarray | None = None,
 ) -> Geometry:
-    """What every kernel reads. Indices are not checked.
+    """What every kernel reads. Indices are not checked for how large they are.
 
     Args:
         x: (n_send, 3) float64 positions, ghosts after the receivers.
@@ -38,14 +38,20 @@ def geometry(
         translation: (n_pair,) int16, row of `translations` that is added to each sender.
         translations: (n_translation, 3) float64 lattice translations.
         species: (n_send,) int32 index of the species, for a first layer only.
+
+    Raises:
+        ValueError: a species has a negative index.
     """
+    kinds = _contiguous(species, np.int32)
+    if len(kinds) and kinds.min() < 0:
+        raise ValueError(f"atom {int(kinds.argmin())} is of none of the species of the network")
     return Geometry(
         _four(x),
         np.ascontiguousarray(row_ptr, np.int32),
         np.ascontiguousarray(sender, np.int32),
         _contiguous(translation, np.int16),
         _four(np.zeros((1, 3)) if translations is None else translations),
-        _contiguous(species, np.int32),
+        kinds,
     )
 
 
