@@ -12,7 +12,7 @@ from test_physics import BOXES, CountingHalo, Domains
 from md_plugin.calculator import HipnnCalculator
 from md_plugin.committee import Committee
 from md_plugin.halo import IndexHalo
-from md_plugin.kernels import list_backends
+from md_plugin.kernels import list_backends, softplus_cpu
 from md_plugin.model.fusion import FusedHipnn
 from md_plugin.model.hipnn import HipnnSum
 from md_plugin.neighbours import NeighbourList, Structure
@@ -128,6 +128,24 @@ def test_few_atoms(order, n_atoms):
     close(found.energy, expected.energy, rtol=1e-14)
     assert found.forces.shape == (n_atoms, 3) and not found.forces.any()
     assert not found.virial.any()
+
+
+@pytest.mark.parametrize("n_thread", [1, 2])
+def test_softplus_and_its_slope(n_thread):
+    """float32; exp2 and log1p are polynomials within 1e-6, NaN is not forgotten."""
+    x = np.concatenate([np.linspace(-40, 60, 70_001), [0.0, -1e-30, 88.0, 1e4]]).astype(np.float32)
+    value, slope = softplus_cpu.softplus(x, n_thread)
+    exact = torch.from_numpy(x).double()
+    close(value, torch.nn.functional.softplus(exact, threshold=1e3), rtol=2e-6)
+    close(slope, torch.sigmoid(exact), rtol=2e-6)
+    for count in (1, 15, 17):  # parts of a vector
+        close(softplus_cpu.softplus(x[:count])[0], value[:count])
+    assert np.isnan(softplus_cpu.softplus(np.array([np.nan, 1.0], np.float32))[0]).tolist() == [
+        1,
+        0,
+    ]
+    with pytest.raises(TypeError, match="softplus takes float32, got float64"):
+        softplus_cpu.softplus(x.astype(float))
 
 
 # --- who takes this way -----------------------------------------------------------------------

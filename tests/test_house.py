@@ -35,6 +35,7 @@ FLOORS = {
         "kernels.vector_ir",
         "kernels.vector_math",
         "kernels.fused_*",
+        "kernels.softplus_cpu",
     ),
     2: ("kernels", "kernels.closure", "kernels.registry"),
     3: ("model", "model.*", "neighbours", "evaluation"),

@@ -10,7 +10,7 @@ import numpy as np
 from md_plugin.kernels.vector_ir import Emitter, Value
 
 
-def _chebyshev(
+def chebyshev(
     f: Callable[[np.ndarray], np.ndarray], low: float, high: float, degree: int
 ) -> list[float]:
     """Coefficients, constant first, of the polynomial that interpolates f at Chebyshev nodes."""
@@ -33,7 +33,7 @@ _SIN_TAYLOR = [
 # By size in bytes: bits of the mantissa, least exponent of exp2, coefficients of 2^x on
 # [-1/2, 1/2] and of sin(pi x / 2) / x in x^2 on [0, 1].
 _FORMATS = {
-    4: (23, 60.0, _chebyshev(np.exp2, -0.5, 0.5, 5), _chebyshev(_sin_over, 0.0, 1.0, 5)),
+    4: (23, 60.0, chebyshev(np.exp2, -0.5, 0.5, 5), chebyshev(_sin_over, 0.0, 1.0, 5)),
     8: (52, 150.0, _EXP2_TAYLOR, _SIN_TAYLOR),
 }
 

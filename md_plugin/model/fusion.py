@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from md_plugin.halo import Halo, NoHalo, check_filled
-from md_plugin.kernels import fused_cpu, numba_cpu
+from md_plugin.kernels import fused_cpu, numba_cpu, softplus_cpu
 from md_plugin.model.fused_sums import EnvironmentSums, Sums, TensorSums
 from md_plugin.model.hipnn import Hipnn, ResidualLayer
 from md_plugin.pairs import Geometry
@@ -131,6 +131,22 @@ class FusedHipnn:
         )
 
 
+class _Softplus(torch.autograd.Function):
+    """float32; value and slope in one pass of `softplus_cpu`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        value, slope = softplus_cpu.softplus(x.detach().numpy(), numba_cpu.threads())
+        ctx.save_for_backward(torch.from_numpy(slope))
+        return torch.from_numpy(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        slope: Tensor = ctx.saved_tensors[0]
+        return gradient * slope
+
+
 def _blocks(start: int, stop: int, size: int) -> list[slice]:
     return [slice(k, min(k + size, stop)) for k in range(start, stop, size)]
 
@@ -142,6 +158,10 @@ class _Layer:
         self.model, self.number = model, number
         self.first, *self.others = cast(nn.ModuleList, model.blocks[number])
         self.interaction = cast(Any, self.first.layer)
+        self.activation: Any = model.activation
+        if type(model.activation) is nn.Softplus and model.activation.beta == 1.0:
+            if model.encoder.dtype == torch.float32:
+                self.activation = _Softplus.apply
         kind = TensorSums if model.config.order else EnvironmentSums
         self.sums: Sums = kind(self.interaction, is_first=number == 0)
         self.block = max(64, min(MAX_BLOCK, self.sums.block))  # of the sums
@@ -196,7 +216,7 @@ class _Layer:
 
     def _atoms(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """m (n, C, n_hidden) and z (n, n_in) -> new features, and the energy they are read as."""
-        activation = self.model.activation
+        activation = self.activation
         out = activation(self.interaction.norms(mixed) + self.interaction.self_interaction(z))
         if isinstance(self.first, ResidualLayer):
             out = self.first.out(out) + self.first.adjust(z)

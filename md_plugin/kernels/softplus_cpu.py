@@ -1,0 +1,90 @@
+"""softplus and its slope in one pass, float32, in vector instructions.
+
+    t = exp(-|x|)      softplus(x) = max(x, 0) + log(1 + t)      slope = 1 / (1 + t), or t / (1 + t)
+
+log(1 + t) / t on [0, 1] is a polynomial of degree 9. Within 2e-6 (relative) of the exact value; NaN
+stays NaN. Value and slope take a third of the time of torch's value alone.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+
+import numba
+import numpy as np
+from numba import prange
+
+from md_plugin.kernels.vector_ir import I64, Emitter, Value, microkernel
+from md_plugin.kernels.vector_math import chebyshev, exp2, polynomial
+
+_HERE = Path(__file__).parent
+_FILES = [_HERE / f"{name}.py" for name in ("simd", "vector_ir", "vector_math", "softplus_cpu")]
+# numba's disk cache knows a caller by its own file only.
+SOURCE = zlib.crc32(b"".join(path.read_bytes() for path in _FILES))
+
+# At t = 0 the quotient is 1; expm1 and log1p keep it exact beside it.
+_LOG1P = chebyshev(lambda t: np.log1p(t) / np.maximum(t, 1e-300), 1e-12, 1.0, 9)
+
+
+@microkernel
+def _softplus(e: Emitter, arrays: list[Value]) -> None:
+    """arrays: x, value, slope, first, last."""
+    x, value, slope, first, last = arrays
+    b = e.builder
+
+    def one(k: Value, mask: Value | None) -> list[Value]:
+        number = e.load(e.at(x, k), mask)
+        above = e.at_least(number, 0.0)
+        size = e.sub(e.add(above, above), number)
+        t = exp2(e, e.mul(size, e.const(-1.0 / math.log(2.0))))
+        logarithm = e.mul(t, polynomial(e, t, _LOG1P))
+        # max() forgets that a number is none; 0 x remembers.
+        total = e.fma(number, e.const(0.0), e.add(above, logarithm))
+        e.store(total, e.at(value, k), mask)
+        larger = e.reciprocal(e.add(t, e.const(1.0)))
+        positive = b.fcmp_ordered(">=", number, e.const(0.0))
+        e.store(b.select(positive, larger, e.mul(t, larger)), e.at(slope, k), mask)
+        return []
+
+    whole = b.sub(last, b.srem(b.sub(last, first), I64(e.lanes)))
+    e.loop(first, whole, e.lanes, [], lambda k, _: one(k, None))
+    e.loop(whole, last, e.lanes, [], lambda k, _: one(k, e.head_mask(b.sub(last, k))))
+
+
+_OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
+
+
+@numba.njit(**_OPTIONS)
+def _range(x, value, slope, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+    _softplus((x, value, slope, first, last))
+
+
+@numba.njit(parallel=True, **_OPTIONS)
+def _threads(x, value, slope, n_thread, source=SOURCE):  # type: ignore[no-untyped-def]
+    size = (len(x) + n_thread - 1) // n_thread
+    for thread in prange(n_thread):
+        first = min(thread * size, len(x))
+        _softplus((x, value, slope, first, min(first + size, len(x))))
+
+
+def softplus(x: np.ndarray, n_thread: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """softplus(x) and its derivative, in the shape of x.
+
+    Args:
+        x: float32, C-contiguous.
+        n_thread: threads that share it.
+
+    Raises:
+        TypeError: not float32.
+    """
+    if x.dtype != np.float32:
+        raise TypeError(f"softplus takes float32, got {x.dtype}")
+    flat = np.ascontiguousarray(x).reshape(-1)
+    value, slope = np.empty_like(flat), np.empty_like(flat)
+    if n_thread == 1 or flat.size < 50_000:
+        _range(flat, value, slope, 0, flat.size)
+    else:
+        _threads(flat, value, slope, n_thread)
+    return value.reshape(x.shape), slope.reshape(x.shape)
