@@ -132,12 +132,12 @@ def test_few_atoms(order, n_atoms):
 
 @pytest.mark.parametrize("n_thread", [1, 2])
 def test_softplus_and_its_slope(n_thread):
-    """float32; exp2 and log1p are polynomials within 1e-6, NaN is not forgotten."""
+    """float32; the error of exp(-|x|) grows with |x|: 40 x 6e-8; NaN is not forgotten."""
     x = np.concatenate([np.linspace(-40, 60, 70_001), [0.0, -1e-30, 88.0, 1e4]]).astype(np.float32)
     value, slope = softplus_cpu.softplus(x, n_thread)
     exact = torch.from_numpy(x).double()
-    close(value, torch.nn.functional.softplus(exact, threshold=1e3), rtol=2e-6)
-    close(slope, torch.sigmoid(exact), rtol=2e-6)
+    close(value, torch.nn.functional.softplus(exact, threshold=1e3), rtol=5e-6)
+    close(slope, torch.sigmoid(exact), rtol=5e-6)
     for count in (1, 15, 17):  # parts of a vector
         close(softplus_cpu.softplus(x[:count])[0], value[:count])
     assert np.isnan(softplus_cpu.softplus(np.array([np.nan, 1.0], np.float32))[0]).tolist() == [

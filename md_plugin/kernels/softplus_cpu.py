@@ -2,7 +2,7 @@
 
     t = exp(-|x|)      softplus(x) = max(x, 0) + log(1 + t)      slope = 1 / (1 + t), or t / (1 + t)
 
-log(1 + t) / t on [0, 1] is a polynomial of degree 9. Within 2e-6 (relative) of the exact value; NaN
+log(1 + t) / t on [0, 1] is a polynomial of degree 9. Within 1e-6 + 6e-8 |x| (relative); NaN
 stays NaN. Value and slope take a third of the time of torch's value alone.
 """
 
