@@ -42,6 +42,7 @@ class Options:
         threads: of torch and numba.
         quick: tiny sizes: does everything work?
         seed: of all inputs.
+        kept: whether this process keeps freed memory (`md_plugin.memory`), as `lmp` does too.
     """
 
     atoms: int = 2000
@@ -49,6 +50,7 @@ class Options:
     threads: int = 1
     quick: bool = False
     seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4)))
+    kept: bool = False
 
     @property
     def clock(self) -> Callable[[], float]:

@@ -120,6 +120,7 @@ def certificate(options: Options, cases: list[str]) -> dict[str, Any]:
         "atoms": options.atoms,
         "quick": options.quick,
         "seed": options.seed,
+        "freed memory is kept": options.kept,
         "cases": cases,
         "clock": "process time" if options.threads == 1 else "wall time",
         "protocol": "checked against float64 first, interleaved rounds, medians, 20/80 % quantiles",

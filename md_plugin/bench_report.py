@@ -94,7 +94,7 @@ def plot(rows: list[Row], path: Path, certificate: dict[str, Any]) -> None:
 
     ratios = [row for row in rows if row.side == OURS and row.ratio is not None]
     shown = ratios or [row for row in rows if row.us_per_atom is not None]
-    shown = [row for row in shown if not row.provider.endswith("(again)")]
+    shown = [row for row in shown if not row.provider.endswith(("(again)", "reference"))]
     figure = Figure(figsize=(9, 0.3 * len(shown) + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -104,12 +104,13 @@ def plot(rows: list[Row], path: Path, certificate: dict[str, Any]) -> None:
     bars = axes.barh(range(len(shown)), values, color=[f"C{cases.index(r.case)}" for r in shown])
     axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
     axes.set_yticks(range(len(shown)), names, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     threads = certificate["threads"]
     label = f"times faster than {HIPPYNN} (same weights, same run, {threads} thread(s))"
     axes.set(xlabel=label if ratios else "µs per atom")
     if values and min(values) > 0:
         axes.set_xscale("log")
+        axes.set_xlim(0.6 * min(*values, 1.0), 2.0 * max(*values, 1.0))  # room for the numbers
     if ratios:
         axes.axvline(1.0, color="k", lw=1)
     axes.set_title(f"{certificate['cpu']['model']}, {certificate['date'][:10]}", fontsize=8)
