@@ -1,10 +1,14 @@
 """Fused inference gives what the closed sums give; who takes it, and who does not and why."""
 
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lammps_helpers import environment
 from model_helpers import STRUCTURES, make_model, make_potential, to_atoms
 from physics_suite import close
 from test_physics import BOXES, CountingHalo, Domains
@@ -128,6 +132,28 @@ def test_few_atoms(order, n_atoms):
     close(found.energy, expected.energy, rtol=1e-14)
     assert found.forces.shape == (n_atoms, 3) and not found.forces.any()
     assert not found.virial.any()
+
+
+def test_compilation_is_told_once_per_installation(tmp_path):
+    """A first process compiles and says so; a second one starts from the disk."""
+    code = (
+        "import numpy as np, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from model_helpers import make_potential, crystal, to_atoms\n"
+        "from md_plugin import HipnnCalculator\n"
+        "from md_plugin.kernels import fused_rows\n"
+        "atoms = to_atoms(crystal())\n"
+        "atoms.calc = HipnnCalculator(make_potential('mixed', n_interactions=1))\n"
+        "atoms.get_forces()\n"
+        "stats = fused_rows.forward_species_range.stats\n"
+        "print('compiled', sum(stats.cache_misses.values()))\n"
+    )
+    env = environment(NUMBA_CACHE_DIR=tmp_path)
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    for compiled in (1, 0):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert f"compiled {compiled}" in done.stdout
+        assert done.stderr.count("compiling the fused layers for this CPU") == compiled
 
 
 @pytest.mark.parametrize("n_thread", [1, 2])

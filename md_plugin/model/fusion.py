@@ -13,7 +13,9 @@ and can be differentiated again; this cannot, and refuses.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from md_plugin.halo import Halo, NoHalo, check_filled
-from md_plugin.kernels import fused_cpu, numba_cpu, softplus_cpu
+from md_plugin.kernels import fused_cpu, fused_rows, fused_tensor_rows, numba_cpu, softplus_cpu
 from md_plugin.model.fused_sums import EnvironmentSums, Sums, TensorSums
 from md_plugin.model.hipnn import Hipnn, ResidualLayer
 from md_plugin.pairs import Geometry
+
+logger = logging.getLogger("md_plugin")
 
 MAX_BLOCK = 1024  # atoms: their activations stay in the second-level cache
 
@@ -74,6 +78,7 @@ class FusedHipnn:
         reason = why_not(model)
         if reason:
             raise ValueError(reason)
+        _announce_compilation(bool(model.config.order))
         self.model = model
         self.index = torch.full((model.encoder.shape[0],), -1, dtype=torch.int32)
         self.index[list(model.species)] = torch.arange(len(model.species), dtype=torch.int32)
@@ -128,6 +133,23 @@ class FusedHipnn:
             None if g.translation is None else g.translation.numpy(),
             None if g.translations is None else g.translations.numpy(),
             self.index[species.long()].numpy(),
+        )
+
+
+def _announce_compilation(tensors: bool) -> None:
+    """Says once per installation why the first evaluation takes longer."""
+    first = fused_rows.forward_species_range
+    if tensors:
+        first = fused_tensor_rows.tensor_forward_range
+    try:
+        index = Path(first._cache._cache_file._index_path)
+    except AttributeError:  # numba has changed inside: no message is lost that matters
+        return
+    if not index.exists():
+        logger.warning(
+            "compiling the fused layers for this CPU: some seconds, once per installation; kept in "
+            "%s",
+            index.parent,
         )
 
 
