@@ -17,6 +17,7 @@ from md_plugin.calculator import HipnnCalculator
 from md_plugin.committee import Committee
 from md_plugin.halo import IndexHalo
 from md_plugin.kernels import list_backends, softplus_cpu
+from md_plugin.model import fusion
 from md_plugin.model.fusion import FusedHipnn
 from md_plugin.model.hipnn import HipnnSum
 from md_plugin.neighbours import NeighbourList, Structure
@@ -78,8 +79,9 @@ def test_same_as_the_closed_sums(name, network, dtype):
 
 
 @pytest.mark.parametrize("order", [0, 2])
-def test_threads(order):
+def test_threads(order, monkeypatch):
     """Two threads add the same in another order; each number of threads always in its own."""
+    monkeypatch.setattr(fusion, "ATOMS_PER_THREAD", 1)
     potential, structure = make_potential(order=order), STRUCTURES["crystal"]()
     one, before = fused(potential, structure), torch.get_num_threads()
     torch.set_num_threads(2)

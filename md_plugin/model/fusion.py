@@ -30,6 +30,7 @@ from md_plugin.pairs import Geometry
 
 logger = logging.getLogger("md_plugin")
 
+ATOMS_PER_THREAD = 128  # fewer are done before another thread has woken up
 MAX_BLOCK = 1024  # atoms: their activations stay in the second-level cache
 
 
@@ -103,7 +104,8 @@ class FusedHipnn:
                 "with create_graph=True can"
             )
         halo, pairs = halo or NoHalo(), geometry.pairs
-        where, n_thread = self._where(species, geometry), numba_cpu.threads()
+        where = self._where(species, geometry)
+        n_thread = max(1, min(numba_cpu.threads(), pairs.n_recv // ATOMS_PER_THREAD))
         energy = self.model.reference_energy(species[: pairs.n_recv])
         z: list[Tensor] = [self.model.encoder[species.long()]]
         energy += self.model.readouts[0](z[0][: pairs.n_recv])[:, 0].double()
