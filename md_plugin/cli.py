@@ -181,8 +181,9 @@ def _export(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     # Before torch and numba start their pools: threads that wait for work in a loop take half of a
     # core from the one that is measured, and count as its process time.
-    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        os.environ[name] = str(args.threads)
+    if "numba" not in sys.modules:  # numba refuses another number once its threads are there
+        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ[name] = str(args.threads)
     from md_plugin.bench import list_cases, run_bench
     from md_plugin.bench_core import Options
 
