@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ from md_plugin.elements import symbols
 from md_plugin.evaluation import Evaluation, segment_sum
 from md_plugin.halo import Halo, MomentHalo, NoHalo
 from md_plugin.kernels.registry import get_backend
-from md_plugin.model import fusion
 from md_plugin.model.hipnn import Hipnn, HipnnSum
 from md_plugin.neighbours import Batch, Structure
 from md_plugin.pairs import Geometry, Pairs
+
+if TYPE_CHECKING:
+    from md_plugin.model.fusion import FusedHipnn
 
 logger = logging.getLogger("md_plugin")
 
@@ -67,7 +69,7 @@ class Potential:
         self.info = dict(info or {})
         self._warned_close = False
         self._moved: tuple[Pairs, Pairs] | None = None  # the last list, and its copy on the device
-        self._fused: tuple[Any, list[fusion.FusedHipnn]] | None = None
+        self._fused: tuple[Any, list[FusedHipnn]] | None = None
 
     @property
     def species(self) -> tuple[int, ...]:
@@ -153,6 +155,8 @@ class Potential:
         name = get_backend(self.model.backend, self.device).name
         if name != "numba":
             return f"the backend is {name!r}, and only 'numba' has fused layers"
+        from md_plugin.model import fusion  # here: it imports numba, which need not be there
+
         return "; ".join(filter(None, map(fusion.why_not, self.model.parts)))
 
     def _evaluate_fused(
@@ -162,6 +166,8 @@ class Potential:
 
         Not so with a halo, whose exchanges the other ranks would not repeat.
         """
+        from md_plugin.model import fusion
+
         weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
         if self._fused is None or self._fused[0] != weights:
             self._fused = weights, [fusion.FusedHipnn(part) for part in self.model.parts]
