@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.evaluation import Evaluation
+from md_plugin.halo import Halo
 from md_plugin.pairs import Geometry, Pairs
 from md_plugin.potential import Potential
 
@@ -46,6 +47,7 @@ class Committee(Potential):
         self.members = tuple(members)
         self.device, self.dtype = first.device, first.dtype
         self.info = first.info
+        self._moved = None
 
     @property
     def species(self) -> tuple[int, ...]:
@@ -86,27 +88,22 @@ class Committee(Potential):
             members=found,
         )
 
-    def evaluate_geometry(
-        self, species: Tensor, geometry: Geometry, **settings: Any
-    ) -> Evaluation:
-        """See `Potential.evaluate_geometry`; `members` of the result holds what each says."""
-        if not settings.get("per_pair") and settings.get("forces", True):
-            found = tuple(m.evaluate_geometry(species, geometry, **settings) for m in self.members)
-            if all(f.sums is not None for f in found):
-                sums = _mean([f.forces for f in found]), _mean([f.virial for f in found])[0]
-                return Evaluation(
-                    _mean([f.energy for f in found]),
-                    _mean([f.atom_energy for f in found]),
-                    None,
-                    geometry.pairs,
-                    found[0].r_ij,
-                    members=found,
-                    sums=sums,
-                )
-        settings.pop("per_pair", None)
-        r_ij = geometry.r_ij().to(self.device)
-        self.check_distances(r_ij)
-        return self.evaluate_pairs(species, geometry.pairs.to(self.device), r_ij, **settings)
+    def _evaluate_fused(
+        self, species: Tensor, geometry: Geometry, halo: Halo | None
+    ) -> Evaluation | None:
+        each = [m._evaluate_fused(species, geometry, halo) for m in self.members]
+        found = tuple(f for f in each if f is not None)
+        if len(found) < len(each):
+            return None
+        return Evaluation(
+            _mean([f.energy for f in found]),
+            _mean([f.atom_energy for f in found]),
+            None,
+            geometry.pairs,
+            found[0].r_ij,
+            members=found,
+            sums=(_mean([f.forces for f in found]), _mean([f.virial for f in found])[0]),
+        )
 
     def why_not_fused(self) -> str:
         """See `Potential.why_not_fused`; the first member that has a reason tells it."""

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from md_plugin.pairs import Geometry, Pairs
+from md_plugin.pairs import Geometry, Pairs, pair_vectors
 
 FloatArray = NDArray[np.float64]
 
@@ -183,12 +183,6 @@ def _table(image: Tensor) -> tuple[Tensor, Tensor]:
     index = (place[:, 0] * span[1] + place[:, 1]) * span[2] + place[:, 2]
     grid = torch.cartesian_prod(*(torch.arange(int(n)) for n in span)).reshape(-1, 3)
     return grid.double() + lowest, index.to(torch.int16)
-
-
-def pair_vectors(positions: Tensor, pairs: Pairs, shift: Tensor) -> Tensor:
-    """r_ij = x[sender] - x[receiver] + shift, (n_pair, 3)."""
-    sent = positions.index_select(0, pairs.sender_long)
-    return sent.sub_(positions.index_select(0, pairs.receiver)).add_(shift)
 
 
 @dataclass(frozen=True, eq=False)

@@ -179,11 +179,16 @@ class Geometry:
 
     def r_ij(self) -> Tensor:
         """(n_pair, 3) float64, x[sender] - x[receiver] + periodic shift, Å."""
-        sent = self.x.index_select(0, self.pairs.sender_long)
-        sent.sub_(self.x.index_select(0, self.pairs.receiver))
+        shift = None
         if self.translation is not None and self.translations is not None:
-            sent.add_(self.translations.index_select(0, self.translation.int()))
-        return sent
+            shift = self.translations.index_select(0, self.translation.int())
+        return pair_vectors(self.x, self.pairs, shift)
+
+
+def pair_vectors(x: Tensor, pairs: Pairs, shift: Tensor | None) -> Tensor:
+    """r_ij = x[sender] - x[receiver] (+ shift), (n_pair, 3)."""
+    sent = x.index_select(0, pairs.sender_long).sub_(x.index_select(0, pairs.receiver))
+    return sent if shift is None else sent.add_(shift)
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -20,6 +20,15 @@ from ase.build import bulk  # noqa: E402
 from ase.calculators.emt import EMT  # noqa: E402
 
 FRAMES, EPOCHS = 12, 3
+KWARGS = {
+    "n_features": 6,
+    "n_sensitivities": 8,
+    "dist_soft_min": 1.6,
+    "dist_soft_max": 4.0,
+    "dist_hard_max": 4.5,
+    "n_interaction_layers": 2,
+    "n_atom_layers": 1,
+}
 
 
 def alloy(seed):
@@ -59,16 +68,7 @@ def graph():
 
     species = inputs.SpeciesNode(db_name="Z")
     positions, cell = inputs.PositionsNode(db_name="R"), inputs.CellNode(db_name="C")
-    settings = {
-        "possible_species": [0, 29, 13],
-        "n_features": 6,
-        "n_sensitivities": 8,
-        "dist_soft_min": 1.6,
-        "dist_soft_max": 4.0,
-        "dist_hard_max": 4.5,
-        "n_interaction_layers": 2,
-        "n_atom_layers": 1,
-    }
+    settings = {"possible_species": [0, 29, 13], **KWARGS}
     network = networks.HipnnVec(
         "HIPNN", (species, positions, cell), module_kwargs=settings, periodic=True
     )

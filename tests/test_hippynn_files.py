@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ase.io import write
-from hippynn_training import alloy
+from hippynn_training import KWARGS, alloy
 from lammps_helpers import lmp, needs_lammps, results
 from physics_suite import close
 
@@ -22,18 +22,7 @@ from md_plugin.checkpoint import read_header
 from md_plugin.committee import Committee
 from md_plugin.hippynn_io import HippynnError
 
-SETTINGS = {
-    "network": "HipnnVec",
-    "module_kwargs": {
-        "n_features": 6,
-        "n_sensitivities": 8,
-        "dist_soft_min": 1.6,
-        "dist_soft_max": 4.0,
-        "dist_hard_max": 4.5,
-        "n_interaction_layers": 2,
-        "n_atom_layers": 1,
-    },
-}
+SETTINGS = {"network": "HipnnVec", "module_kwargs": KWARGS}
 # Weights trained in float32, evaluated in float64 on both sides.
 RELATIVE = 1e-10
 

@@ -82,7 +82,7 @@ def from_hippynn(
         if is_mliap:
             parts = _cut_by_lammps(parts, 2.0 * float(source.rcutfac))
         _warn_of_jumps(parts)
-        origin = _origin(parts, member.name, scale)
+        origin = _origin(f"hippynn {_version()}", parts, scale, energy=member.name)
         origin["difference"] = compare(parts, build(parts, target=target), target)
         model = build(parts, target=target, backend=backend, **scale)
         about = {**(info or {}), "origin": origin}
@@ -182,13 +182,19 @@ def _warn_of_jumps(parts: list[NetworkPart]) -> None:
             )
 
 
-def _origin(parts: list[NetworkPart], name: str, scale: dict[str, float]) -> dict[str, Any]:
+def _version() -> str:
     import hippynn
 
+    return str(hippynn.__version__)
+
+
+def _origin(
+    package: str, parts: list[NetworkPart], scale: dict[str, float], **more: str
+) -> dict[str, Any]:
     return {
-        "package": f"hippynn {hippynn.__version__}",
+        "package": package,
         "network": " + ".join(part.settings["network"] for part in parts),
-        "energy": name,
+        **more,
         "eV per energy unit": scale["energy"],
         "angstrom per length unit": scale["length"],
     }
@@ -219,10 +225,5 @@ def _from_state(
     )
     parts = [part_from_state(settings, state)]
     model = build(parts, target=target, backend=backend, **scale)
-    origin = {
-        "package": "hippynn, from a state dict",
-        "network": settings["network"],
-        "eV per energy unit": scale["energy"],
-        "angstrom per length unit": scale["length"],
-    }
+    origin = _origin("hippynn, from a state dict", parts, scale)
     return Potential(model, info={**(info or {}), "origin": origin}, **{"device": "auto", **where})

@@ -186,41 +186,40 @@ def _is_known(key: str, value: Any, config: HipnnConfig) -> bool:
                 f"cusp_reg is {value['cusp_reg']} in the weights and {config.cusp} in the settings"
             )
         return True
-    if ".cmaps." in key:  # the bases of traceless tensors, always all three
-        order = int(key[-1])
-        basis = traceless_basis(order) if order else torch.ones(1, 1)
-        return torch.equal(value.detach().cpu().double().reshape(basis.shape), basis.double())
+    if ".cmaps." in key:  # the bases of traceless tensors, always all
+        return torch.equal(value.detach().cpu().double(), _cmap(int(key[-1])))
     if key.startswith("tensor_extractor.pmaps."):  # the scalar's and the vector's: identities
         return int(key[-1]) < 2
     return ".activation." in key  # hippynn shares one module between all layers
+
+
+def _cmap(order: int) -> Tensor:
+    """hippynn's (3, ..., 3, 2 order + 1) basis of traceless tensors; that of scalars is (1, 1)."""
+    if order == 0:
+        return torch.ones(1, 1, dtype=torch.float64)
+    return traceless_basis(order).reshape([3] * order + [2 * order + 1])
 
 
 def hippynn_state(model: Hipnn) -> dict[str, Any]:
     """State dict of hippynn's network module with the weights of `model`."""
     config, ours = model.config, model.state_dict()
     state: dict[str, Any] = {}
-    for key, theirs in names(model).items():
-        state[theirs.name] = theirs.to_theirs(ours[key].detach()).contiguous().clone()
-    n_layers = 1 + config.n_atom_layers
-    base = "base_layer." if config.residual else ""
     dtype = model.encoder.dtype
+    for key, theirs in names(model).items():
+        state[theirs.name] = theirs.to_theirs(ours[key].detach()).contiguous().clone().to(dtype)
+    base = "base_layer." if config.residual else ""
     for k in range(config.n_interactions):
         if config.order and not config.n_max:
             state[f"blocks.{k}.0.{base}_extra_state"] = {"cusp_reg": config.cusp}
         for order in range(4) if config.n_max else ():
-            basis = traceless_basis(order) if order else torch.ones(1, 1)
-            shape = [3] * order + [2 * order + 1] if order else [1, 1]
-            state[f"blocks.{k}.0.{base}invars.cmaps.{order}"] = basis.reshape(shape).to(dtype)
-        for key in ("weight",) if "activation.weight" in ours and config.residual else ():
-            for l in range(n_layers):
-                state[f"blocks.{k}.{l}.activation.{key}"] = ours[f"activation.{key}"].clone()
+            state[f"blocks.{k}.0.{base}invars.cmaps.{order}"] = _cmap(order).to(dtype)
+        if "activation.weight" in ours and config.residual:
+            for l in range(1 + config.n_atom_layers):
+                state[f"blocks.{k}.{l}.activation.weight"] = ours["activation.weight"].clone()
     if config.n_max:
         state["tensor_extractor.pmaps.0"] = torch.ones(1, 1, dtype=dtype)
         if config.order:
             state["tensor_extractor.pmaps.1"] = torch.eye(3, dtype=dtype)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and key.startswith("tensor_extractor"):
-            state[key] = value.to(dtype)
     return state
 
 
