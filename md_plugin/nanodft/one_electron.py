@@ -1,0 +1,135 @@
+"""One-electron integrals of s and p Gaussians: overlap, kinetic, nuclear attraction, dipole.
+
+With the Hermite expansion E of a product of functions (`shell_pairs`), per pair of primitives
+
+    <m|n>     = (pi / p)^{3/2} E_000
+    <m|r|n>   = (pi / p)^{3/2} (P E_000 + (E_100, E_010, E_001))
+    <m|V|n>   = -sum_C Z_C (2 pi / p) sum_tuv E_tuv R_tuv(p, P - C)
+    <m|T|n>   = 1/2 sum_d <d_d m|d_d n>
+    d_x x^i exp(-a x^2) = (i x^{i-1} - 2 a x^{i+1}) exp(-a x^2)
+
+Positions are float64, in bohr, on any device; all integrals are differentiable in them, and come in
+PySCF's spherical order and normalisation. Helgaker, Jørgensen and Olsen (2000), chapter 9.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from md_plugin.nanodft.basis import Basis
+from md_plugin.nanodft.hermite import coulomb, expansion
+from md_plugin.nanodft.shell_pairs import (
+    POWERS,
+    HermitePairs,
+    PairClass,
+    hermite_pairs,
+    shell_pairs,
+)
+
+
+def overlap(basis: Basis, positions: Tensor) -> Tensor:
+    """<m|n>, (n_ao, n_ao), of positions (n_atom, 3) in bohr."""
+    tables = _tables(basis, positions)
+    return _matrix(basis, tables, [_norm(t)[:, None] * t.expansion[:, 0] for t in tables])
+
+
+def dipole(basis: Basis, positions: Tensor) -> Tensor:
+    """<m|r|n>, (3, n_ao, n_ao) in bohr, of positions (n_atom, 3) in bohr."""
+    tables = _tables(basis, positions)
+    matrices = []
+    for axis in range(3):
+        values = []
+        for t in tables:
+            moment = t.centre[:, axis, None] * t.expansion[:, 0]
+            if t.kind.order:
+                moment = moment + t.expansion[:, 1 + axis]
+            values.append(_norm(t)[:, None] * moment)
+        matrices.append(_matrix(basis, tables, values))
+    return torch.stack(matrices)
+
+
+def nuclear(basis: Basis, positions: Tensor, charges: Tensor) -> Tensor:
+    """<m|-sum_C Z_C / |r - C||n>, (n_ao, n_ao) in Hartree.
+
+    Args:
+        basis: the functions.
+        positions: (n_atom, 3) centres of the functions and of the charges, bohr.
+        charges: (n_atom,) Z_C.
+    """
+    tables = _tables(basis, positions)
+    charges = charges.to(positions)
+    values = []
+    for t in tables:
+        distance = t.centre[:, None] - positions
+        integrals = coulomb(t.kind.order, t.exponent[:, None].expand(distance.shape[:2]), distance)
+        potential = -2 * math.pi / t.exponent[:, None] * (integrals @ charges).T
+        values.append(torch.einsum("kh,khm->km", potential, t.expansion))
+    return _matrix(basis, tables, values)
+
+
+def kinetic(basis: Basis, positions: Tensor) -> Tensor:
+    """<m|-1/2 nabla^2|n>, (n_ao, n_ao) in Hartree, of positions (n_atom, 3) in bohr."""
+    pairs = shell_pairs(basis, positions.device)
+    a, b = pairs.exponent
+    p = a + b
+    separation = positions[pairs.atom[0]] - positions[pairs.atom[1]]
+    pa, pb = (-b / p)[:, None] * separation, (a / p)[:, None] * separation
+    moments = torch.stack([row[0] for row in expansion(2, 2, pa, pb, (0.5 / p)[:, None])])
+    moments = moments.unflatten(0, (3, 3))  # x_A^i x_B^j of each axis
+    # (derivative's power, factor): d x^0 = -2 a x^1, d x^1 = x^0 - 2 a x^2
+    terms = [[((1, -2 * e),), ((0, torch.ones_like(e)), (2, -2 * e))] for e in (a, b)]
+    slopes = [
+        [
+            sum((f * g)[:, None] * moments[i, j] for i, f in terms[0][m] for j, g in terms[1][n])
+            for n in (0, 1)
+        ]
+        for m in (0, 1)
+    ]
+    factor = 0.5 * (math.pi / p) ** 1.5 * torch.exp(-a * b / p * (separation**2).sum(-1))
+    values = []
+    for kind in pairs.classes:
+        part = slice(kind.first, kind.last)
+        columns = []
+        for m, n in _products(kind):
+            column = torch.zeros_like(p[part])
+            for d in range(3):
+                one, two = ((d + k) % 3 for k in (1, 2))
+                rest = moments[m[one], n[one], part, one] * moments[m[two], n[two], part, two]
+                column = column + slopes[m[d]][n[d]][part, d] * rest
+            columns.append(column)
+        values.append(kind.coefficients * factor[part, None] * torch.stack(columns, -1))
+    return _scatter(basis, pairs.classes, values)
+
+
+def _products(kind: PairClass) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    first, second = ((1, 1), (4, 1), (4, 4))[kind.order]
+    return [(m, n) for m in POWERS[:first] for n in POWERS[:second]]
+
+
+def _tables(basis: Basis, positions: Tensor) -> tuple[HermitePairs, ...]:
+    return hermite_pairs(shell_pairs(basis, positions.device), positions)
+
+
+def _norm(table: HermitePairs) -> Tensor:
+    return (math.pi / table.exponent) ** 1.5
+
+
+def _matrix(basis: Basis, tables: tuple[HermitePairs, ...], values: list[Tensor]) -> Tensor:
+    return _scatter(basis, tuple(t.kind for t in tables), values)
+
+
+def _scatter(basis: Basis, classes: tuple[PairClass, ...], values: list[Tensor]) -> Tensor:
+    """Symmetric (n_ao, n_ao) matrix from the (n_prim, n_prod) contributions of each class."""
+    n = basis.n_ao
+    # one more row and column take the functions, numbered -1, that the basis lacks
+    matrix = values[0].new_zeros((n + 1) * (n + 1))
+    for kind, value in zip(classes, values, strict=True):
+        pair_values = value.new_zeros((len(kind.weight), value.shape[1]))
+        pair_values = pair_values.index_add(0, kind.pair, value)
+        row, column = (kind.ao % (n + 1)).unbind(-1)
+        matrix = matrix.index_put((row * (n + 1) + column,), pair_values)
+        matrix = matrix.index_put((column * (n + 1) + row,), pair_values)
+    return matrix.view(n + 1, n + 1)[:n, :n]
