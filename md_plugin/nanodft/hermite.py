@@ -26,10 +26,10 @@ from md_plugin.nanodft.boys import boys
 Triple = tuple[int, int, int]
 MAX_ORDER = 6
 TRIPLES: tuple[Triple, ...] = tuple(
-    sorted(
-        (t for t in product(range(MAX_ORDER + 1), repeat=3) if sum(t) <= MAX_ORDER),
-        key=lambda t: (sum(t), *(-n for n in t)),
-    )
+    (t, u, order - t - u)
+    for order in range(MAX_ORDER + 1)
+    for t in range(order, -1, -1)
+    for u in range(order - t, -1, -1)
 )
 NUMBER_OF = {triple: n for n, triple in enumerate(TRIPLES)}
 
@@ -56,13 +56,12 @@ def steps(order: int) -> tuple[tuple[int, int, int, int, int], ...]:
     the one before is that of the predecessor.
     """
     plan = []
-    for number in range(1, n_hermite(order)):
-        triple = TRIPLES[number]
-        axis = min((d for d in range(3) if triple[d]), key=lambda d: triple[d])
-        down = [tuple(n - k * (d == axis) for d, n in enumerate(triple)) for k in (1, 2)]
-        before = NUMBER_OF[down[0]]  # type: ignore[index]
-        factor = triple[axis] - 1
-        plan.append((number, axis, before, NUMBER_OF[down[1]] if factor else before, factor))  # type: ignore[index]
+    for number, (t, u, v) in enumerate(TRIPLES[1 : n_hermite(order)], start=1):
+        count, axis = min((n, axis) for axis, n in enumerate((t, u, v)) if n)
+        x, y, z = (int(axis == d) for d in range(3))
+        before = NUMBER_OF[t - x, u - y, v - z]
+        second = NUMBER_OF[t - 2 * x, u - 2 * y, v - 2 * z] if count > 1 else before
+        plan.append((number, axis, before, second, count - 1))
     return tuple(plan)
 
 

@@ -78,7 +78,7 @@ def kinetic(basis: Basis, positions: Tensor) -> Tensor:
     separation = positions[pairs.atom[0]] - positions[pairs.atom[1]]
     pa, pb = (-b / p)[:, None] * separation, (a / p)[:, None] * separation
     moments = torch.stack([row[0] for row in expansion(2, 2, pa, pb, (0.5 / p)[:, None])])
-    moments = moments.unflatten(0, (3, 3))  # x_A^i x_B^j of each axis
+    moments = moments.view(3, 3, *pa.shape)  # x_A^i x_B^j of each axis
     # (derivative's power, factor): d x^0 = -2 a x^1, d x^1 = x^0 - 2 a x^2
     terms = [[((1, -2 * e),), ((0, torch.ones_like(e)), (2, -2 * e))] for e in (a, b)]
     slopes = [

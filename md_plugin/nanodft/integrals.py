@@ -1,0 +1,222 @@
+"""Integrals of nanodft: one-electron matrices, electron repulsion, and its nuclear gradient.
+
+    E_2 = 1/2 sum_ijkl D_ij D_kl (ij|kl) - hyb/4 sum_ijkl D_ik D_jl (ij|kl)
+
+Everything takes positions in bohr, float64, and gives Hartree in PySCF's spherical order. The
+one-electron integrals are torch, and differentiable. The repulsion has backends:
+
+    torch     own integrals on any device: the reference; its gradient is autograd, block by block
+    numba     own integrals, fused kernels on the CPU
+    triton    own fused kernel of the gradient on CUDA; (ij|kl) itself by torch on the same device
+    libcint   PySCF's integrals and derivative integrals on the host, streamed in blocks
+    auto      CPU: numba, torch where numba is absent; CUDA: triton, else torch
+
+An explicit choice that cannot be met raises and says what exists. torch, numba and triton call no
+libcint integral at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from md_plugin.kernels.registry import BackendError
+from md_plugin.nanodft.basis import Basis
+from md_plugin.nanodft.one_electron import dipole, kinetic, nuclear, overlap
+
+__all__ = [
+    "BACKENDS",
+    "dipole",
+    "eri",
+    "get_backend",
+    "kinetic",
+    "list_backends",
+    "nuclear",
+    "overlap",
+    "two_electron_gradient",
+]
+
+logger = logging.getLogger("md_plugin")
+
+BACKENDS = {
+    "torch": "md_plugin.nanodft.two_electron_torch",
+    "numba": "md_plugin.nanodft.two_electron_numba",
+    "triton": "md_plugin.nanodft.triton_gpu",
+    "libcint": "md_plugin.nanodft.two_electron_libcint",
+}
+AUTO_ORDER = {"cpu": ("numba", "torch"), "cuda": ("triton", "torch")}
+DEVICES = {"torch": ("cpu", "cuda"), "numba": ("cpu",), "libcint": ("cpu", "cuda")}
+MB = 1_000_000
+
+
+def list_backends() -> dict[str, str]:
+    """Name of each backend -> "" where it is available, else the reason why it is absent."""
+    return {name: _absence(name) for name in BACKENDS}
+
+
+def get_backend(name: str, device: torch.device | str = "cpu") -> str:
+    """The backend's name, "auto" resolved for a device.
+
+    Raises:
+        BackendError: unknown, absent, or unfit for the device; the message says what exists.
+    """
+    kind = torch.device(device).type
+    if name == "auto":
+        return _auto(kind)
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}. {_inventory()}")
+    if reason := _absence(name):
+        raise BackendError(f"backend {name!r} is not available: {reason}. {_inventory()}")
+    if kind not in (devices := _devices(name)):
+        raise BackendError(
+            f"backend {name!r} computes on {' and '.join(devices)}, not on {kind}; "
+            "choose backend='auto' or another device"
+        )
+    return name
+
+
+def eri(
+    basis: Basis, positions: Tensor, *, backend: str = "auto", max_memory_mb: float = 1024
+) -> Tensor:
+    """Electron repulsion integrals (ij|kl), Mulliken's notation.
+
+    Args:
+        basis: the functions.
+        positions: (n_atom, 3) float64, bohr.
+        backend: "torch", "numba", "triton", "libcint" or "auto".
+        max_memory_mb: bound on what is held at once, the result included.
+
+    Returns:
+        (n_ao,) * 4 in Hartree, on the device of the positions, without gradient.
+
+    Raises:
+        MemoryError: the result does not fit; raised before anything is allocated.
+        BackendError: the backend cannot be had.
+    """
+    name = get_backend(backend, positions.device)
+    _check_positions(basis, positions)
+    n = basis.n_ao
+    unique = n * (n + 1) // 2
+    need = 8 * (n**4 + unique**2)  # the result, and the unique products that it is made from
+    if need > max_memory_mb * MB:
+        raise MemoryError(
+            f"the (ij|kl) of {n} basis functions need {need / MB:.0f} MB, "
+            f"more than max_memory_mb = {max_memory_mb:g}; raise it or take a smaller molecule"
+        )
+    packed = _module(name).eri(basis, positions, max(int(max_memory_mb * MB) - need, MB))
+    index = torch.arange(n, device=positions.device)
+    high, low = torch.maximum(index[:, None], index), torch.minimum(index[:, None], index)
+    product = high * (high + 1) // 2 + low
+    result: Tensor = packed[product.flatten()][:, product.flatten()].view(n, n, n, n)
+    return result
+
+
+def two_electron_gradient(
+    numbers: Sequence[int] | np.ndarray | Tensor,
+    positions: Tensor,
+    dm: Tensor,
+    *,
+    basis: Basis | str,
+    hyb: float,
+    backend: str = "auto",
+    max_memory_mb: float = 1024,
+) -> Tensor:
+    """Gradient of E_2 in the nuclear positions at constant density matrix D.
+
+    No array of derivative integrals exists: they are made and contracted in place.
+
+    Args:
+        numbers: (n_atom,) atomic numbers.
+        positions: (n_atom, 3) float64, bohr.
+        dm: (n_ao, n_ao) float64 symmetric density matrix, occupations included.
+        basis: a Basis, or the name of a set.
+        hyb: fraction of exact exchange; 0 skips exchange.
+        backend: "torch", "numba", "triton", "libcint" or "auto".
+        max_memory_mb: bound on intermediate arrays.
+
+    Returns:
+        (n_atom, 3) Ha/bohr, on the device of the positions.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, or a density matrix that is not symmetric.
+        BackendError: the backend cannot be had.
+    """
+    name = get_backend(backend, positions.device)
+    if isinstance(basis, str):
+        basis = Basis.build(numbers, basis)
+    _check_positions(basis, positions)
+    if dm.shape != (basis.n_ao,) * 2 or dm.dtype != torch.float64:
+        raise ValueError(
+            f"the density matrix is {tuple(dm.shape)} {dm.dtype}, "
+            f"not ({basis.n_ao}, {basis.n_ao}) torch.float64"
+        )
+    # Roundings of an SCF are far below; a transposed factor or one triangle only is far above.
+    if not torch.allclose(dm, dm.T, rtol=0.0, atol=1e-8 * float(dm.abs().max())):
+        raise ValueError("the density matrix is not symmetric")
+    dm = dm.detach().to(positions.device)
+    gradient: Tensor = _module(name).two_electron_gradient(
+        basis, positions.detach(), dm, float(hyb), int(max_memory_mb * MB)
+    )
+    return gradient
+
+
+def _check_positions(basis: Basis, positions: Tensor) -> None:
+    if positions.shape != (basis.n_atom, 3) or positions.dtype != torch.float64:
+        raise ValueError(
+            f"positions are {tuple(positions.shape)} {positions.dtype}, "
+            f"not ({basis.n_atom}, 3) torch.float64"
+        )
+
+
+def _module(name: str) -> Any:
+    return import_module(BACKENDS[name])
+
+
+def _devices(name: str) -> tuple[str, ...]:
+    if name == "triton":
+        return ("cuda", "cpu") if _triton_interpreted() else ("cuda",)
+    return DEVICES[name]
+
+
+def _triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+
+
+@cache
+def _absence(name: str) -> str:
+    package = {"libcint": "pyscf"}.get(name, name)
+    if find_spec(package) is None:
+        extra = {"triton": "'md-plugin[gpu]'", "libcint": "'md-plugin[dft]'"}.get(name, package)
+        return f"the package {package} is not installed (pip install {extra})"
+    if name == "triton" and not (torch.cuda.is_available() or _triton_interpreted()):
+        return "no CUDA device was found (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"
+    try:
+        _module(name)
+    except Exception as error:  # a broken installation is a reason, told in full
+        return f"importing it failed: {type(error).__name__}: {error}"
+    return ""
+
+
+def _inventory() -> str:
+    state = list_backends()
+    present = ", ".join(name for name, reason in state.items() if not reason)
+    absent = "; ".join(f"{name}: {reason}" for name, reason in state.items() if reason)
+    return f"Available: {present}." + (f" Absent: {absent}." if absent else "")
+
+
+@cache
+def _auto(kind: str) -> str:
+    for name in AUTO_ORDER.get(kind, ("torch",)):
+        if not _absence(name) and kind in _devices(name):
+            logger.info("nanodft's backend 'auto' chose %r on %s", name, kind)
+            return name
+    raise AssertionError("unreachable: torch is always there")

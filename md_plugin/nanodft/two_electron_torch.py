@@ -1,0 +1,182 @@
+"""Two-electron integrals in torch: the reference, on any device.
+
+    (mn|kl) = sum_{bra, ket} theta sum_{h, h'} E_h^mn (-1)^{h'} E_h'^kl R_{h+h'}(alpha, P - Q)
+    theta   = 2 pi^{5/2} / (p q sqrt(p + q)),    alpha = p q / (p + q)
+
+with the sum over pairs of primitives and (-1)^{h'} the parity of t + u + v (McMurchie and Davidson
+1978). Pairs of shells are taken in blocks; a block meets itself and the earlier ones, which is the
+eightfold symmetry but for the blocks on the diagonal. In the gradient a block of integrals is
+contracted with Gamma to a scalar and differentiated at once, so that memory follows the block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from md_plugin.nanodft.basis import Basis
+from md_plugin.nanodft.hermite import TRIPLES, coulomb, n_hermite, sums
+from md_plugin.nanodft.shell_pairs import HermitePairs, hermite_pairs, shell_pairs
+
+# Bytes held per quartet of primitives and per Hermite integral of the two sides, measured as the
+# peak of (sp sp|sp sp) blocks: 3 arrays of E x R in the integrals, as many again in the gradient.
+_BYTES = {"integrals": 5_000, "gradient": 14_000}
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Consecutive pairs of one class: their tables, cut out, and where they came from."""
+
+    table: HermitePairs
+    index: int  # of the class
+    pairs: slice
+    prims: slice
+
+    @property
+    def owner(self) -> Tensor:
+        """(n_prim,) pair of each primitive pair, within the block."""
+        return self.table.kind.pair[self.prims] - self.pairs.start
+
+
+def eri(basis: Basis, positions: Tensor, max_memory: int) -> Tensor:
+    """(n_ao (n_ao + 1) / 2,) * 2 integrals over unique products m >= n, in Hartree.
+
+    Args:
+        basis: the functions.
+        positions: (n_atom, 3) bohr.
+        max_memory: bytes for a block's intermediate arrays.
+    """
+    tables = hermite_pairs(shell_pairs(basis, positions.device), positions.detach())
+    # one more row and column take the functions, numbered -1, that the basis lacks
+    n = basis.n_ao * (basis.n_ao + 1) // 2 + 1
+    packed = positions.new_zeros((n, n))
+    rows = [unique_product(t.kind.ao) for t in tables]
+    for bra, ket in _meetings(tables, max_memory // _BYTES["integrals"]):
+        values = _integrals(bra.table, ket.table, bra.owner, ket.owner)
+        row, column = rows[bra.index][bra.pairs].flatten(), rows[ket.index][ket.pairs].flatten()
+        values = values.permute(0, 2, 1, 3).reshape(len(row), len(column))
+        packed[row[:, None], column] = values
+        packed[column[:, None], row] = values.T
+    return packed[:-1, :-1]
+
+
+def two_electron_gradient(
+    basis: Basis, positions: Tensor, dm: Tensor, hyb: float, max_memory: int
+) -> Tensor:
+    """(n_atom, 3) gradient at constant density matrix, Ha/bohr; see `integrals`."""
+    with torch.enable_grad():
+        x = positions.detach().requires_grad_()
+        attached = hermite_pairs(shell_pairs(basis, x.device), x)
+        tables = [
+            HermitePairs(t.kind, t.exponent, t.centre.detach(), t.expansion.detach())
+            for t in attached
+        ]
+        slopes = [(torch.zeros_like(t.expansion), torch.zeros_like(t.centre)) for t in tables]
+        for bra, ket in _meetings(tables, max_memory // _BYTES["gradient"]):
+            twice = 1.0 if (bra.index, bra.pairs) == (ket.index, ket.pairs) else 2.0
+            leaves = [
+                leaf.detach().requires_grad_()
+                for side in (bra, ket)
+                for leaf in (side.table.expansion, side.table.centre)
+            ]
+            sides = [
+                HermitePairs(side.table.kind, side.table.exponent, leaves[2 * i + 1], leaves[2 * i])
+                for i, side in enumerate((bra, ket))
+            ]
+            values = _integrals(*sides, bra.owner, ket.owner)
+            energy = 0.5 * twice * (values * _gamma(dm, bra, ket, hyb)).sum()
+            for leaf, slope in enumerate(torch.autograd.grad(energy, leaves)):
+                side = (bra, ket)[leaf // 2]
+                slopes[side.index][leaf % 2][side.prims] += slope
+        return pull_back(attached, x, slopes)
+
+
+def pull_back(
+    tables: tuple[HermitePairs, ...], positions: Tensor, slopes: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """(n_atom, 3) gradient in the positions from that in each class's expansion and centres."""
+    outputs = [output for t in tables for output in (t.expansion, t.centre)]
+    given = [slope for pair in slopes for slope in pair]
+    (gradient,) = torch.autograd.grad(outputs, positions, given)
+    return gradient
+
+
+def unique_product(ao: Tensor) -> Tensor:
+    """Number of the product of functions m, n (..., 2) among the unique ones; -1 where one is."""
+    high, low = ao.max(-1).values, ao.min(-1).values
+    return torch.where(low < 0, -1, high * (high + 1) // 2 + low)
+
+
+def padded_density(dm: Tensor) -> Tensor:
+    """The density matrix with a zero row and column for functions numbered -1."""
+    return torch.nn.functional.pad(dm, (0, 1, 0, 1))
+
+
+def _gamma(dm: Tensor, bra: _Block, ket: _Block, hyb: float) -> Tensor:
+    """(n_bra, n_ket, n_prod, n_prod) D_mn D_kl - hyb/4 (D_mk D_nl + D_ml D_nk), times weights."""
+    dm = padded_density(dm)
+    m, n = bra.table.kind.ao[bra.pairs].unbind(-1)
+    k, l = ket.table.kind.ao[ket.pairs].unbind(-1)
+    gamma = torch.einsum("am,bk->abmk", dm[m, n], dm[k, l])
+    if hyb:
+        m, n = m[:, None, :, None], n[:, None, :, None]
+        k, l = k[None, :, None, :], l[None, :, None, :]
+        gamma -= hyb / 4 * (dm[m, k] * dm[n, l] + dm[m, l] * dm[n, k])
+    weight = torch.outer(bra.table.kind.weight[bra.pairs], ket.table.kind.weight[ket.pairs])
+    return gamma * weight[:, :, None, None]
+
+
+def _integrals(bra: HermitePairs, ket: HermitePairs, owner: Tensor, other: Tensor) -> Tensor:
+    """(n_bra, n_ket, n_prod, n_prod) integrals of two blocks; owner: pair of each primitive."""
+    orders = bra.kind.order, ket.kind.order
+    p, q = bra.exponent[:, None], ket.exponent
+    theta = 2 * math.pi**2.5 / (p * q * torch.sqrt(p + q))
+    distance = bra.centre[:, None] - ket.centre
+    hermite = theta * coulomb(sum(orders), p * q / (p + q), distance)
+    hermite = hermite[sums(*orders).to(p.device)]  # (h, h', bra, ket)
+    half = torch.einsum("hjab,bjk->abhk", hermite, ket.expansion * _parity(orders[1], q)[:, None])
+    half = _add(half.transpose(0, 1), other).transpose(0, 1)  # (bra, pairs of ket, h, k)
+    return _add(torch.einsum("ahm,abhk->abmk", bra.expansion, half), owner)
+
+
+def _add(values: Tensor, owner: Tensor) -> Tensor:
+    """Sum the rows that have the same owner."""
+    return values.new_zeros((int(owner[-1]) + 1, *values.shape[1:])).index_add(0, owner, values)
+
+
+def _parity(order: int, like: Tensor) -> Tensor:
+    """(n_hermite(order),) (-1)^(t + u + v)."""
+    return like.new_tensor([(-1.0) ** sum(t) for t in TRIPLES[: n_hermite(order)]])
+
+
+def _meetings(
+    tables: tuple[HermitePairs, ...] | list[HermitePairs], n_quartet: int
+) -> Iterator[tuple[_Block, _Block]]:
+    """Each unordered pair of blocks, with at most about n_quartet quartets of primitives."""
+    blocks = _blocks(tables, max(int(math.sqrt(n_quartet)), 1))
+    for i, bra in enumerate(blocks):
+        for ket in blocks[: i + 1]:
+            yield bra, ket
+
+
+def _blocks(tables: tuple[HermitePairs, ...] | list[HermitePairs], size: int) -> list[_Block]:
+    """Blocks of at most `size` primitive pairs, or of a single pair of shells."""
+    blocks = []
+    for index, table in enumerate(tables):
+        start = table.kind.start.tolist()
+        first = 0
+        while first < len(start) - 1:
+            last = first + 1
+            while last < len(start) - 1 and start[last + 1] - start[first] <= size:
+                last += 1
+            prims = slice(start[first], start[last])
+            cut = HermitePairs(
+                table.kind, table.exponent[prims], table.centre[prims], table.expansion[prims]
+            )
+            blocks.append(_Block(cut, index, slice(first, last), prims))
+            first = last
+    return blocks
