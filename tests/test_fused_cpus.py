@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -97,19 +98,56 @@ def test_other_cpus_find_the_same(cpu, tmp_path):
         assert np.abs(mine - theirs[name]).max() < 1e-5 * scale
 
 
-def test_compiled_code_of_another_version_is_not_used():
-    """Every cached function that holds IR has a fingerprint of all the files that write it."""
+def test_every_cached_kernel_knows_the_files_it_is_made_of():
     functions = [
         function
         for module in (fused_rows, fused_tensor_rows)
-        for name, function in vars(module).items()
-        if isinstance(function, Dispatcher) and name != "part_of"
+        for function in vars(module).values()
+        if isinstance(function, Dispatcher)
     ]
     assert len(functions) >= 14
+    checksum = zlib.crc32(b"".join(path.read_bytes() for path in fused_row.FILES))
     for function in functions:
-        parameter = inspect.signature(function.py_func).parameters["source"]
-        assert parameter.default == fused_row.SOURCE, function.py_func.__name__
-    writers = {path.name for path in fused_row._FILES}
+        closure = inspect.getclosurevars(function.py_func)
+        assert closure.nonlocals == {"checksum": checksum}, function.py_func.__name__
+    writers = {path.name for path in fused_row.FILES}
     folder = Path(fused_row.__file__).parent
     theirs = {path.name for path in folder.glob("fused_*.py")}
     assert writers == theirs | {"simd.py", "vector_ir.py", "vector_math.py"}
+
+
+MODULE = """
+from pathlib import Path
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+from md_plugin.kernels.compiled import compiled
+
+slow = []
+whole = Dispatcher._compile_for_args
+def counted(self, *args, **kws):
+    slow.append(1)
+    return whole(self, *args, **kws)
+Dispatcher._compile_for_args = counted
+
+@compiled([Path(__file__).with_name("part.txt")])
+def double(x):
+    return 2.0 * x.sum()
+
+for _ in range(3):
+    assert double(np.ones(3)) == 6.0
+print(len(slow), sum(double.stats.cache_hits.values()))
+"""
+
+
+def test_compiled_code_is_kept_until_one_of_its_files_changes(tmp_path):
+    """Calls after the first take numba's quick way, also into code that was read from disk."""
+    (tmp_path / "module.py").write_text(MODULE)
+    found = []
+    for text in ("one", "one", "two", "one"):
+        (tmp_path / "part.txt").write_text(text)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        command = [sys.executable, str(tmp_path / "module.py")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    assert found == [["1", "0"], ["1", "1"], ["1", "0"], ["1", "1"]]

@@ -7,7 +7,6 @@ contiguous range of the sorted pairs. Pairs beyond rcut drop out in the same pas
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ from llvmlite import ir
 from md_plugin.kernels.fused_radial import N_BIN
 from md_plugin.kernels.vector_ir import F64, I16, I32, I64, Emitter, Value
 
-# numba's disk cache knows a function by that function's file only. This number, as a default
-# argument, keeps it from using compiled code that holds the IR of another version.
 _HERE = Path(__file__).parent
-_FILES = sorted(_HERE.glob("fused_*.py")) + sorted(_HERE.glob("vector_*.py")) + [_HERE / "simd.py"]
-SOURCE = zlib.crc32(b"".join(path.read_bytes() for path in _FILES))
+# of all that writes code for a fused kernel, see `compiled`
+FILES = sorted(_HERE.glob("fused_*.py")) + sorted(_HERE.glob("vector_*.py")) + [_HERE / "simd.py"]
 
 AHEAD = 8  # pairs between the prefetch of features and their use
 PAD = 16  # at least one vector of any type

@@ -3,17 +3,16 @@
 `*_range` works on receivers first .. last - 1 in one thread. `*_threads` shares a block of
 receivers, the first of which is `begin`, out among numba's threads, in contiguous ranges; each
 scatters into a buffer of its own, so that sums are in fixed order for a fixed number of buffers.
-`source` is never given: see `fused_row.SOURCE`.
 """
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numba import prange
 
+from md_plugin.kernels.compiled import compiled
 from md_plugin.kernels.fused_radial import N_BIN, NU_BLOCK
-from md_plugin.kernels.fused_row import AHEAD, PAD, SENSE, SOURCE
+from md_plugin.kernels.fused_row import AHEAD, FILES, PAD, SENSE
 from md_plugin.kernels.fused_scalar import (
     backward_rows,
     backward_species_rows,
@@ -21,13 +20,12 @@ from md_plugin.kernels.fused_scalar import (
     forward_species_rows,
 )
 
-_OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
-_jit, _parallel_jit = numba.njit(**_OPTIONS), numba.njit(parallel=True, **_OPTIONS)
+_jit, _parallel_jit = compiled(FILES), compiled(FILES, parallel=True)
 _LINE = 64  # bytes of the widest vector
 
 
 @_jit
-def space_of(table, where, span, layer, rows, n_key, by_species, source=SOURCE):  # type: ignore[no-untyped-def]
+def space_of(table, where, span, layer, rows, n_key, by_species):  # type: ignore[no-untyped-def]
     """Work space of one thread, and sizes: see Row.
 
     span: first and last + 1 of its rows; layer: n_nu, n_feat; rows: of sensitivities, of `part`.
@@ -48,14 +46,14 @@ def space_of(table, where, span, layer, rows, n_key, by_species, source=SOURCE):
 
 
 @_jit
-def forward_range(table, where, z, env, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+def forward_range(table, where, z, env, begin, first, last):  # type: ignore[no-untyped-def]
     """Write env."""
     space = space_of(table, where, (first, last), env.shape[1:], (NU_BLOCK, 0), N_BIN, 0)
     forward_rows(table, where, space, (z, env, begin, first, last))
 
 
 @_jit
-def backward_range(table, where, z, ge, forces, dz, sums, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+def backward_range(table, where, z, ge, forces, dz, sums, begin, first, last):  # type: ignore[no-untyped-def]
     """Add to forces, dz and sums."""
     n_row = 2 * ge.shape[1], 1
     space = space_of(table, where, (first, last), ge.shape[1:], n_row, N_BIN, 0)
@@ -63,7 +61,7 @@ def backward_range(table, where, z, ge, forces, dz, sums, begin, first, last, so
 
 
 @_jit
-def forward_species_range(table, where, env, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+def forward_species_range(table, where, env, begin, first, last):  # type: ignore[no-untyped-def]
     """Write env of one-hot features."""
     n_key = N_BIN * env.shape[2]
     space = space_of(table, where, (first, last), env.shape[1:], (0, 0), n_key, 1)
@@ -71,7 +69,7 @@ def forward_species_range(table, where, env, begin, first, last, source=SOURCE):
 
 
 @_jit
-def backward_species_range(table, where, ge, forces, sums, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+def backward_species_range(table, where, ge, forces, sums, begin, first, last):  # type: ignore[no-untyped-def]
     """Add to forces and sums."""
     n_key = N_BIN * ge.shape[2]
     space = space_of(table, where, (first, last), ge.shape[1:], (0, 0), n_key, 1)
@@ -85,7 +83,7 @@ def part_of(begin, n_block, t, n_thread):  # type: ignore[no-untyped-def]
 
 
 @_parallel_jit
-def forward_threads(table, where, z, env, begin, n_thread, source=SOURCE):  # type: ignore[no-untyped-def]
+def forward_threads(table, where, z, env, begin, n_thread):  # type: ignore[no-untyped-def]
     """Write env."""
     for t in prange(n_thread):
         first, last = part_of(begin, len(env), t, n_thread)
@@ -93,7 +91,7 @@ def forward_threads(table, where, z, env, begin, n_thread, source=SOURCE):  # ty
 
 
 @_parallel_jit
-def backward_threads(table, where, z, ge, forces, dz, sums, begin, source=SOURCE):  # type: ignore[no-untyped-def]
+def backward_threads(table, where, z, ge, forces, dz, sums, begin):  # type: ignore[no-untyped-def]
     """Add to forces[t], dz[t] and sums[t]."""
     for t in prange(len(forces)):
         first, last = part_of(begin, len(ge), t, len(forces))
@@ -101,7 +99,7 @@ def backward_threads(table, where, z, ge, forces, dz, sums, begin, source=SOURCE
 
 
 @_parallel_jit
-def forward_species_threads(table, where, env, begin, n_thread, source=SOURCE):  # type: ignore[no-untyped-def]
+def forward_species_threads(table, where, env, begin, n_thread):  # type: ignore[no-untyped-def]
     """Write env of one-hot features."""
     for t in prange(n_thread):
         first, last = part_of(begin, len(env), t, n_thread)
@@ -109,7 +107,7 @@ def forward_species_threads(table, where, env, begin, n_thread, source=SOURCE): 
 
 
 @_parallel_jit
-def backward_species_threads(table, where, ge, forces, sums, begin, source=SOURCE):  # type: ignore[no-untyped-def]
+def backward_species_threads(table, where, ge, forces, sums, begin):  # type: ignore[no-untyped-def]
     """Add to forces[t] and sums[t]."""
     for t in prange(len(forces)):
         first, last = part_of(begin, len(ge), t, len(forces))

@@ -6,27 +6,26 @@ own. `shared`: q is of species. `dq` is a tuple, empty where dE/dq is not wanted
 
 from __future__ import annotations
 
-import numba
 from numba import prange
 
+from md_plugin.kernels.compiled import compiled
 from md_plugin.kernels.fused_radial import N_BIN
-from md_plugin.kernels.fused_row import SOURCE
+from md_plugin.kernels.fused_row import FILES
 from md_plugin.kernels.fused_rows import part_of, space_of
 from md_plugin.kernels.fused_tensor import tensor_backward_rows, tensor_forward_rows
 
-_OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
-_jit, _parallel_jit = numba.njit(**_OPTIONS), numba.njit(parallel=True, **_OPTIONS)
+_jit, _parallel_jit = compiled(FILES), compiled(FILES, parallel=True)
 
 
 @_jit
-def tensor_space(table, where, q, comps, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+def tensor_space(table, where, q, comps, first, last):  # type: ignore[no-untyped-def]
     """Work space of one thread, and sizes."""
     rows = 2 * q.shape[1] + len(comps) - 1, len(comps)
     return space_of(table, where, (first, last), q.shape[1:], rows, N_BIN, 0)
 
 
 @_jit
-def tensor_forward_range(table, where, q, m, comps, shared, begin, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+def tensor_forward_range(table, where, q, m, comps, shared, begin, first, last):  # type: ignore[no-untyped-def]
     """Write m."""
     space = tensor_space(table, where, q, comps, first, last)
     tensor_forward_rows(table, where, space, comps, (q, m, shared, begin, first, last))
@@ -34,7 +33,7 @@ def tensor_forward_range(table, where, q, m, comps, shared, begin, first, last, 
 
 @_jit
 def tensor_backward_range(  # type: ignore[no-untyped-def]
-    table, where, q, g, comps, forces, sums, dq, begin, first, last, source=SOURCE
+    table, where, q, g, comps, forces, sums, dq, begin, first, last
 ):
     """Add to forces, sums and dq."""
     space = tensor_space(table, where, q, comps, first, last)
@@ -43,7 +42,7 @@ def tensor_backward_range(  # type: ignore[no-untyped-def]
 
 
 @_parallel_jit
-def tensor_forward_threads(table, where, q, m, comps, shared, begin, n_thread, source=SOURCE):  # type: ignore[no-untyped-def]
+def tensor_forward_threads(table, where, q, m, comps, shared, begin, n_thread):  # type: ignore[no-untyped-def]
     """Write m."""
     for t in prange(n_thread):
         first, last = part_of(begin, len(m), t, n_thread)
@@ -51,7 +50,7 @@ def tensor_forward_threads(table, where, q, m, comps, shared, begin, n_thread, s
 
 
 @_parallel_jit
-def tensor_backward_threads(table, where, q, g, comps, forces, sums, dq, begin, source=SOURCE):  # type: ignore[no-untyped-def]
+def tensor_backward_threads(table, where, q, g, comps, forces, sums, dq, begin):  # type: ignore[no-untyped-def]
     """Add to forces[t], sums[t] and dq[t]."""
     for t in prange(len(forces)):
         first, last = part_of(begin, len(g), t, len(forces))
@@ -61,7 +60,7 @@ def tensor_backward_threads(table, where, q, g, comps, forces, sums, dq, begin, 
 
 
 @_parallel_jit
-def tensor_backward_species_threads(table, where, q, g, comps, forces, sums, begin, source=SOURCE):  # type: ignore[no-untyped-def]
+def tensor_backward_species_threads(table, where, q, g, comps, forces, sums, begin):  # type: ignore[no-untyped-def]
     """Add to forces[t] and sums[t]."""
     for t in prange(len(forces)):
         first, last = part_of(begin, len(g), t, len(forces))

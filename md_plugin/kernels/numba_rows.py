@@ -1,23 +1,23 @@
 """The three sums over rows of pairs, compiled by numba; `numba_cpu` calls them.
 
 `*_rows` computes rows start .. stop - 1 in one thread; the others share the rows out among numba's
-threads, in contiguous blocks. `source` is never given: see `tiles.SOURCE`.
+threads, in contiguous blocks.
 """
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numba import prange
 
+from md_plugin.kernels.compiled import compiled
 from md_plugin.kernels.simd import flush_denormals, restore_denormals
 from md_plugin.kernels.tiles import (
     EDGE_PAIRS,
     EDGE_SENSES,
     ENV_SENSES,
     FEAT_PAIRS,
+    FILES,
     ROW_PAIRS,
-    SOURCE,
     TILE_SENSES,
     env_edge,
     env_tile,
@@ -33,8 +33,7 @@ from md_plugin.kernels.tiles import (
     turn_tile,
 )
 
-_OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
-_jit, _parallel_jit = numba.njit(**_OPTIONS), numba.njit(parallel=True, **_OPTIONS)
+_jit, _parallel_jit = compiled(FILES), compiled(FILES, parallel=True)
 
 
 @_jit
@@ -55,7 +54,7 @@ def _used(sense, first, last):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def envsum_rows(sense, features, row_ptr, sender, env, start, stop, source=SOURCE):  # type: ignore[no-untyped-def]
+def envsum_rows(sense, features, row_ptr, sender, env, start, stop):  # type: ignore[no-untyped-def]
     """Write env[start:stop]."""
     n_feat = env.shape[2]
     lanes, wide, _ = tile_sizes(env)
@@ -76,7 +75,7 @@ def envsum_rows(sense, features, row_ptr, sender, env, start, stop, source=SOURC
 
 
 @_jit
-def sensesum_rows(env, features, row_ptr, sender, sense, start, stop, source=SOURCE):  # type: ignore[no-untyped-def]
+def sensesum_rows(env, features, row_ptr, sender, sense, start, stop):  # type: ignore[no-untyped-def]
     """Write the sense of all pairs of the rows."""
     _, n_nu, n_feat = env.shape
     lanes, _, pairs = tile_sizes(env)
@@ -104,7 +103,7 @@ def sensesum_rows(env, features, row_ptr, sender, sense, start, stop, source=SOU
 
 
 @_jit
-def featsum_rows(env, sense, row_ptr, sender, features, start, stop, source=SOURCE):  # type: ignore[no-untyped-def]
+def featsum_rows(env, sense, row_ptr, sender, features, start, stop):  # type: ignore[no-untyped-def]
     """Add what the rows send to features."""
     n_feat = env.shape[2]
     lanes, wide, _ = tile_sizes(env)
@@ -125,7 +124,7 @@ def featsum_rows(env, sense, row_ptr, sender, features, start, stop, source=SOUR
 
 
 @_parallel_jit
-def envsum(sense, features, row_ptr, sender, env, n_block, source=SOURCE):  # type: ignore[no-untyped-def]
+def envsum(sense, features, row_ptr, sender, env, n_block):  # type: ignore[no-untyped-def]
     """Write env."""
     n = env.shape[0]
     for b in prange(n_block):
@@ -134,7 +133,7 @@ def envsum(sense, features, row_ptr, sender, env, n_block, source=SOURCE):  # ty
 
 
 @_parallel_jit
-def sensesum(env, features, row_ptr, sender, sense, n_block, source=SOURCE):  # type: ignore[no-untyped-def]
+def sensesum(env, features, row_ptr, sender, sense, n_block):  # type: ignore[no-untyped-def]
     """Write sense."""
     n = env.shape[0]
     for b in prange(n_block):
@@ -143,7 +142,7 @@ def sensesum(env, features, row_ptr, sender, sense, n_block, source=SOURCE):  # 
 
 
 @_parallel_jit
-def featsum_scatter(env, sense, row_ptr, sender, buffers, source=SOURCE):  # type: ignore[no-untyped-def]
+def featsum_scatter(env, sense, row_ptr, sender, buffers):  # type: ignore[no-untyped-def]
     """Write buffers: what the rows of each block send; their sum is features."""
     n, n_block = env.shape[0], buffers.shape[0]
     for b in prange(n_block):
@@ -153,7 +152,7 @@ def featsum_scatter(env, sense, row_ptr, sender, buffers, source=SOURCE):  # typ
 
 
 @_parallel_jit
-def featsum_gather(env, sense, col_ptr, perm, receiver, sender, features, source=SOURCE):  # type: ignore[no-untyped-def]
+def featsum_gather(env, sense, col_ptr, perm, receiver, sender, features):  # type: ignore[no-untyped-def]
     """Write features, a sender at a time, through the transpose of the pairs."""
     n_send, n_feat = features.shape
     n_nu = sense.shape[1]

@@ -9,20 +9,17 @@ stays NaN. Value and slope take a third of the time of torch's value alone.
 from __future__ import annotations
 
 import math
-import zlib
 from pathlib import Path
 
-import numba
 import numpy as np
 from numba import prange
 
+from md_plugin.kernels.compiled import compiled
 from md_plugin.kernels.vector_ir import I64, Emitter, Value, microkernel
 from md_plugin.kernels.vector_math import chebyshev, exp2, polynomial
 
 _HERE = Path(__file__).parent
-_FILES = [_HERE / f"{name}.py" for name in ("simd", "vector_ir", "vector_math", "softplus_cpu")]
-# numba's disk cache knows a caller by its own file only.
-SOURCE = zlib.crc32(b"".join(path.read_bytes() for path in _FILES))
+_FILES = [_HERE / f"{name}.py" for name in ("simd", "vector_ir", "vector_math")]
 
 # At t = 0 the quotient is 1; expm1 and log1p keep it exact beside it.
 _LOG1P = chebyshev(lambda t: np.log1p(t) / np.maximum(t, 1e-300), 1e-12, 1.0, 9)
@@ -53,16 +50,13 @@ def _softplus(e: Emitter, arrays: list[Value]) -> None:
     e.loop(whole, last, e.lanes, [], lambda k, _: one(k, e.head_mask(b.sub(last, k))))
 
 
-_OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
-
-
-@numba.njit(**_OPTIONS)
-def _range(x, value, slope, first, last, source=SOURCE):  # type: ignore[no-untyped-def]
+@compiled(_FILES)
+def _range(x, value, slope, first, last):  # type: ignore[no-untyped-def]
     _softplus((x, value, slope, first, last))
 
 
-@numba.njit(parallel=True, **_OPTIONS)
-def _threads(x, value, slope, n_thread, source=SOURCE):  # type: ignore[no-untyped-def]
+@compiled(_FILES, parallel=True)
+def _threads(x, value, slope, n_thread):  # type: ignore[no-untyped-def]
     size = (len(x) + n_thread - 1) // n_thread
     for thread in prange(n_thread):
         first = min(thread * size, len(x))

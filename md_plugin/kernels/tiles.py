@@ -11,13 +11,11 @@ Here they are values of its intermediate language (phi nodes), so that they must
 
 A tile is m vectors of L lanes wide, all full; an `edge` is one vector, of which lanes beyond n_feat
 are neither read nor written. Where fewer sensitivities or pairs are left than a tile holds, it
-computes the last one several times. `SOURCE` must be part of the signature of every caller that
-numba caches.
+computes the last one several times.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,7 @@ from numba.extending import intrinsic
 from md_plugin.kernels import simd
 from md_plugin.kernels.simd import I64, Arrays, Values, registers
 
-# numba's disk cache knows a caller by the caller's file only. This number, as a default argument,
-# keeps it from using compiled code that holds the tiles of another version.
-SOURCE = zlib.crc32(b"".join(Path(path).read_bytes() for path in (__file__, simd.__file__)))
+FILES = (Path(__file__), Path(simd.__file__))  # see `compiled`
 
 ENV_SENSES = 5  # of an env tile: 5 x 4 sums, 4 features and a factor in 32 registers
 FEAT_PAIRS = 4

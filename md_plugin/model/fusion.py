@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from md_plugin.halo import Halo, NoHalo, check_filled
-from md_plugin.kernels import fused_cpu, fused_rows, fused_tensor_rows, numba_cpu, softplus_cpu
+from md_plugin.kernels import fused_cpu, fused_rows, fused_tensor_rows, numba_cpu
+from md_plugin.model.atom_layers import AtomLayers
 from md_plugin.model.fused_sums import EnvironmentSums, Sums, TensorSums
-from md_plugin.model.hipnn import Hipnn, ResidualLayer
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.pairs import Geometry
 
 logger = logging.getLogger("md_plugin")
@@ -155,22 +156,6 @@ def _announce_compilation(tensors: bool) -> None:
         )
 
 
-class _Softplus(torch.autograd.Function):
-    """float32; value and slope in one pass of `softplus_cpu`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        value, slope = softplus_cpu.softplus(x.detach().numpy(), numba_cpu.threads())
-        ctx.save_for_backward(torch.from_numpy(slope))
-        return torch.from_numpy(value)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        slope: Tensor = ctx.saved_tensors[0]
-        return gradient * slope
-
-
 def _blocks(start: int, stop: int, size: int) -> list[slice]:
     return [slice(k, min(k + size, stop)) for k in range(start, stop, size)]
 
@@ -179,15 +164,10 @@ class _Layer:
     """One block of the network: its sums over neighbours and its atom layers."""
 
     def __init__(self, model: Hipnn, number: int):
-        self.model, self.number = model, number
-        self.first, *self.others = cast(nn.ModuleList, model.blocks[number])
-        self.interaction = cast(Any, self.first.layer)
-        self.activation: Any = model.activation
-        if type(model.activation) is nn.Softplus and model.activation.beta == 1.0:
-            if model.encoder.dtype == torch.float32:
-                self.activation = _Softplus.apply
+        first = cast(Any, cast(nn.ModuleList, model.blocks[number])[0])
+        self.atoms, self.width = AtomLayers(model, number), model.config.widths[number + 1]
         kind = TensorSums if model.config.order else EnvironmentSums
-        self.sums: Sums = kind(self.interaction, is_first=number == 0)
+        self.sums: Sums = kind(first.layer, is_first=number == 0)
         self.block = max(64, min(MAX_BLOCK, self.sums.block))  # of the sums
 
     def forward(
@@ -196,10 +176,10 @@ class _Layer:
         """Adds the readout to `energy`; returns m (n_recv, C, n_hidden) and the new features."""
         n_recv, source = len(energy), self.sums.source(z)
         mixed = z.new_empty(n_recv, *self.sums.shape)
-        out = z.new_empty(n_recv, self.model.config.widths[self.number + 1])
+        out = z.new_empty(n_recv, self.width)
         for rows in _blocks(0, n_recv, MAX_BLOCK):
             self._mix(where, source, rows, mixed[rows], n_thread)
-            out[rows], e = self._atoms(mixed[rows], z[rows])
+            out[rows], e = self.atoms.forward(mixed[rows], z[rows])
             energy[rows] += e.double()
         return mixed, out
 
@@ -226,7 +206,11 @@ class _Layer:
             else:
                 m = mixed[rows]
             wanted = None if gradient is None else gradient[rows]
-            g, along[rows] = self._atoms_backward(m, z[rows], wanted, energy[rows])
+            g, dz, e = self.atoms.backward(m, z[rows], wanted)
+            if dz is not None:
+                along[rows] = dz
+            if mixed is None:
+                energy[rows] += e.double()
             for part in _blocks(rows.start, rows.stop, self.block):
                 part_of_g = g[part.start - rows.start : part.stop - rows.start]
                 self.sums.gradient(where, source, part_of_g, sink, part.start)
@@ -237,26 +221,3 @@ class _Layer:
         for part in _blocks(rows.start, rows.stop, self.block):
             place = slice(part.start - rows.start, part.stop - rows.start)
             mixed[place] = self.sums.mixed(where, source, part, n_thread)
-
-    def _atoms(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """m (n, C, n_hidden) and z (n, n_in) -> new features, and the energy they are read as."""
-        activation = self.activation
-        out = activation(self.interaction.norms(mixed) + self.interaction.self_interaction(z))
-        if isinstance(self.first, ResidualLayer):
-            out = self.first.out(out) + self.first.adjust(z)
-        for layer in self.others:
-            out = layer(out, activation)
-        return out, self.model.readouts[self.number + 1](out)[:, 0]
-
-    def _atoms_backward(
-        self, mixed: Tensor, z: Tensor, gradient: Tensor | None, energy: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """dE/dm and the part of dE/dz that stays with the atom; the last layer adds its energy."""
-        with torch.enable_grad():
-            inputs = mixed.detach().requires_grad_(), z.detach().requires_grad_(self.number > 0)
-            out, e = self._atoms(*inputs)
-            total = e.sum() if gradient is None else e.sum() + (out * gradient).sum()
-            found = torch.autograd.grad(total, inputs[: 2 if self.number > 0 else 1])
-        if gradient is None:
-            energy += e.detach().double()
-        return found[0], found[1] if self.number > 0 else torch.zeros_like(z)

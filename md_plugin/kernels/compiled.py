@@ -1,0 +1,42 @@
+"""Functions that numba compiles and keeps on disk, until one of the files they are made of changes.
+
+numba knows what it keeps by the file of the function, its bytecode, the types of its arguments and
+what its closure holds; of the files that write the code of an `@intrinsic`, or of functions that it
+calls, it knows nothing. So a checksum of those files goes into the closure. (As a default argument
+it would do the same, but numba takes 50 us and more for a call that leaves a default out: its quick
+way into compiled code does not recognise those that were read from disk.)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import CellType, FunctionType
+from typing import Any
+
+import numba
+
+OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
+
+
+def compiled(files: Iterable[Path], **options: Any) -> Callable[[FunctionType], Any]:
+    """A decorator: `numba.njit` with OPTIONS, for a function whose code comes from `files` as well.
+
+    Args:
+        files: whatever writes code for it, other than its own file.
+        options: of numba.njit.
+    """
+    checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))
+
+    def decorate(function: FunctionType) -> Any:
+        code = function.__code__
+        code = code.replace(co_freevars=(*code.co_freevars, "checksum"))
+        closure = (*(function.__closure__ or ()), CellType(checksum))
+        known = FunctionType(
+            code, function.__globals__, function.__name__, function.__defaults__, closure
+        )
+        known.__doc__, known.__module__ = function.__doc__, function.__module__
+        return numba.njit(**OPTIONS, **options)(known)
+
+    return decorate

@@ -1,0 +1,164 @@
+"""The layers of a block that treat each atom by itself, and their gradient written by hand.
+
+    h = norms(m) + W z + b              interaction layer, m from the sums over neighbours
+    h = W x + b                         atom layers
+    x' = U softplus(h) + c + A x        residual layers;   x' = softplus(h) others
+    E = readout(x')
+
+What goes forward comes with a function that takes a gradient back, from dE/doutput to dE/dinput,
+once: it overwrites what was kept for it. The gradient of the readout is the same row for all atoms
+and stays one row until it meets something that is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from md_plugin.kernels import softplus_cpu
+from md_plugin.model.hipnn import Hipnn
+from md_plugin.model.interaction import InteractionLayer
+
+Pull = Callable[[Tensor], Tensor]
+Activation = Callable[[Tensor], tuple[Tensor, Pull]]
+
+
+class AtomLayers:
+    """Block `number` of a network without its sums over neighbours. Weights are read when made.
+
+    Args:
+        model: the network, on the CPU.
+        number: of the block, from 0.
+    """
+
+    def __init__(self, model: Hipnn, number: int):
+        layers = [cast(Any, layer) for layer in cast(nn.ModuleList, model.blocks[number])]
+        activation = _activation(model)
+        self.interaction: InteractionLayer = layers[0].layer
+        self.needs_z = number > 0  # species have no gradient
+        self.inward = [_Linear(self.interaction.self_interaction)]
+        self.inward += [_Linear(layer.layer) for layer in layers[1:]]
+        self.outward = [_Outward(layer, activation) for layer in layers]
+        self.readout = _Linear(cast(nn.Linear, model.readouts[number + 1]))
+
+    @torch.no_grad()
+    def forward(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """m (n, C, n_hidden), z (n, n_in) -> features (n, n_out) and energies (n,)."""
+        x, _, _ = self._run(mixed, z)
+        return x, self.readout(x)[:, 0]
+
+    @torch.no_grad()
+    def backward(
+        self, mixed: Tensor, z: Tensor, gradient: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of sum E + sum (features * gradient).
+
+        Args:
+            mixed: (n, C, n_hidden) m.
+            z: (n, n_in) features.
+            gradient: (n, n_out), of the blocks above; None where there are none.
+
+        Returns:
+            dE/dm (n, C, n_hidden); dE/dz (n, n_in) that does not go through m, None in the first
+            block; energies (n,).
+        """
+        x, pull_norms, pulls = self._run(mixed, z)
+        g = self.readout.weight if gradient is None else gradient + self.readout.weight
+        for linear, pull in zip(self.inward[:0:-1], pulls[:0:-1], strict=True):
+            g = linear.pull(*pull(g))
+        g, along = pulls[0](g)
+        dz = self.inward[0].pull(g, along) if self.needs_z else None
+        return pull_norms(g), dz, self.readout(x)[:, 0]
+
+    def _run(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Pull, list[Any]]:
+        """Features, and the ways back: through the norms, and from each layer to its h and x."""
+        norms, pull_norms = _norms(self.interaction, mixed)
+        x, pulls = z, []
+        for k, (linear, outward) in enumerate(zip(self.inward, self.outward, strict=True)):
+            h = linear(x)
+            if k == 0:
+                h += norms
+            x, pull = outward(h, x)
+            pulls.append(pull)
+        return x, pull_norms, pulls
+
+
+class _Linear:
+    """x -> W x + b; `pull` takes a gradient back."""
+
+    def __init__(self, linear: nn.Linear):
+        self.weight = linear.weight.detach().contiguous()
+        self.transposed = self.weight.T.contiguous()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return x @ self.transposed
+        return torch.addmm(self.bias, x, self.transposed)
+
+    def pull(self, g: Tensor, along: Tensor | None = None) -> Tensor:
+        """dE/dx from dE/dout, and from what came another way."""
+        return g @ self.weight if along is None else torch.addmm(along, g, self.weight)
+
+
+class _Outward:
+    """h, x -> x': the activation, and the residual where there is one.
+
+    The way back gives dE/dh and what of dE/dx does not go through h, None where there is none.
+    """
+
+    def __init__(self, layer: Any, activation: Activation):
+        self.activation = activation
+        self.out = _Linear(layer.out) if hasattr(layer, "out") else None
+        adjust = getattr(layer, "adjust", None)
+        self.adjust = _Linear(adjust) if isinstance(adjust, nn.Linear) else None
+
+    def __call__(self, h: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+        value, slope = self.activation(h)
+        if self.out is None:
+            return value, lambda g: (slope(g), None)
+        out, adjust = self.out, self.adjust
+        result = out(value)
+        result += x if adjust is None else adjust(x)
+
+        def pull(g: Tensor) -> tuple[Tensor, Tensor]:
+            return slope(out.pull(g)), g if adjust is None else adjust.pull(g)
+
+        return result, pull
+
+
+def _activation(model: Hipnn) -> Activation:
+    """The network's; softplus in float32 by a kernel of its own."""
+    function: Any = model.activation
+    plain = type(function) is nn.Softplus and function.beta == 1.0
+    if plain and model.encoder.dtype == torch.float32:
+        return _softplus
+    return lambda h: _differentiated(function, h)
+
+
+def _softplus(h: Tensor) -> tuple[Tensor, Pull]:
+    value, slope = map(torch.from_numpy, softplus_cpu.softplus(h.numpy()))
+    return value, slope.mul_
+
+
+def _differentiated(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Pull]:
+    """Any function, its gradient by autograd."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = function(leaf)
+
+    def pull(g: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(value, leaf, g.expand_as(value))
+        return found
+
+    return value.detach(), pull
+
+
+def _norms(interaction: InteractionLayer, mixed: Tensor) -> tuple[Tensor, Pull]:
+    """m (n, C, n_hidden) -> (n, n_hidden); see `md_plugin.model.interaction`."""
+    if interaction.order == 0:
+        return mixed[:, 0], lambda g: g[:, None]
+    return _differentiated(interaction.norms, mixed)
