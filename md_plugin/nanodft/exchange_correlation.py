@@ -1,0 +1,130 @@
+"""Exchange-correlation energy, potential matrix and frozen-density gradient on a grid.
+
+    E_xc = sum_g w_g e(rho_g, sigma_g)
+    rho = chi.D chi,   rho_k = 2 chi_k.D chi,   sigma = rho_k rho_k       (sum over k = x, y, z)
+    V   = Z + Z^T,     Z = sum_g chi (w e_rho / 2 chi + 2 w e_sigma rho_k chi_k)
+
+The gradient holds D and moves functions, points and weights (Johnson, Gill, Pople, J. Chem. Phys.
+98, 5612 (1993)). A function that moves with its atom changes rho by minus its derivative; a point
+that moves with its atom sees all functions move the other way; the last part is that of the
+weights, e_g dw_g/dR. Without it (and the points) the force is not the derivative of the energy.
+
+Work goes by chunks of points. Values of the functions are kept between calls as far as memory
+allows, else computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from md_plugin.nanodft.functionals import Functional
+from md_plugin.nanodft.grid import Grid
+from md_plugin.nanodft.orbitals import Orbitals
+
+# Points of a chunk: temporaries stay in a CPU's cache, launches of a GPU are worth it.
+CHUNK = {"cpu": 2048, "cuda": 1 << 17}
+
+
+class GridIntegrals:
+    """E_xc of one geometry as a function of the density matrix.
+
+    Args:
+        functional: one with an energy density.
+        orbitals: functions of the basis set.
+        grid: grid of the same composition.
+        x: (n_atom, 3) positions, bohr, without a graph.
+        max_bytes: bound of all memory that is taken here.
+    """
+
+    def __init__(
+        self, functional: Functional, orbitals: Orbitals, grid: Grid, x: Tensor, max_bytes: int
+    ):
+        self.functional, self.orbitals, self.grid, self.x = functional, orbitals, grid, x
+        n_ao, n_prim = orbitals.contraction.shape[1], len(orbitals.exponents)
+        n_tables = 4 if functional.gradient else 1
+        temporaries = 8 * (28 * n_ao + 3 * n_prim) + grid.bytes_per_point()
+        self._size = max(1, min(CHUNK.get(x.device.type, 2048), max_bytes // 2 // temporaries))
+        kept_bytes = 8 * len(grid) * (n_ao * n_tables + 1)
+        self._keep = kept_bytes <= max_bytes // 2
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def potential(self, dm: Tensor) -> tuple[float, Tensor]:
+        """Energy in Ha and V (n_ao, n_ao) in Ha of a symmetric density matrix."""
+        energy, half = dm.new_zeros(()), torch.zeros_like(dm)
+        for weights, tables in self._tables():
+            chi = tables[0]
+            rho, gradient = _density(chi @ dm, tables)
+            e, vrho, vsigma = self.functional.evaluate(rho, gradient.square().sum(0))
+            energy += weights @ e
+            z = (0.5 * weights * vrho)[:, None] * chi
+            for slope, chi_k in zip(2 * weights * vsigma * gradient, tables[1:], strict=False):
+                z.addcmul_(slope[:, None], chi_k)
+            half.addmm_(chi.T, z)
+        return float(energy), half + half.T
+
+    def gradient(self, dm: Tensor, grid_response: bool = True) -> Tensor:
+        """(n_atom, 3) dE_xc/dR at constant dm, Ha/bohr.
+
+        Args:
+            dm: (n_ao, n_ao) symmetric.
+            grid_response: points and weights follow the atoms, as they do in the energy.
+        """
+        total = torch.zeros_like(self.x)
+        for part in self.grid.chunks(self._size):
+            total += self._chunk_gradient(part, dm, grid_response)
+        return total
+
+    def _chunk_gradient(self, part: Grid, dm: Tensor, grid_response: bool) -> Tensor:
+        functional = self.functional
+        values = self.orbitals.at(part.points(self.x), self.x, 2 if functional.gradient else 1)
+        tables = torch.cat([values.chi[None], values.gradient]) if functional.gradient else None
+        tables = values.chi[None] if tables is None else tables
+        half_density = tables[0] @ dm
+        rho, gradient = _density(half_density, tables)
+        e, vrho, vsigma = functional.evaluate(rho, gradient.square().sum(0))
+        x = self.x.clone().requires_grad_(grid_response)
+        with torch.set_grad_enabled(grid_response):
+            weights = part.weights(x)
+        total = torch.zeros_like(self.x)
+        if grid_response:
+            (total,) = torch.autograd.grad(weights @ e, x)
+        weights = weights.detach()
+        of_chi = (2 * weights * vrho)[:, None] * half_density
+        of_gradient = None
+        if functional.gradient:
+            slopes = 4 * weights * vsigma * gradient
+            of_gradient = slopes[:, :, None] * half_density
+            of_chi += torch.einsum("kg,kga->ga", slopes, tables[1:] @ dm)
+        pull = values.pull(of_chi, of_gradient)
+        total = total.index_add(0, self.orbitals.atom, pull.sum(1).T, alpha=-1)
+        if grid_response:
+            total = total.index_add(0, part.owner, pull.sum(2).T)
+        return total
+
+    def _tables(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(weights, chi and its derivatives where they are needed) of each chunk."""
+        if self._kept:
+            yield from self._kept
+            return
+        derivatives = int(self.functional.gradient)
+        for part in self.grid.chunks(self._size):
+            values = self.orbitals.at(part.points(self.x), self.x, derivatives)
+            chi = values.chi[None]
+            tables = torch.cat([chi, values.gradient]) if derivatives else chi
+            chunk = part.weights(self.x), tables
+            if self._keep:
+                self._kept.append(chunk)
+            yield chunk
+
+
+def _density(half_density: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+    """rho (n,) and its gradient (3, n), or (0, n) where the tables have no derivatives.
+
+    half_density is chi D, (n, n_ao).
+    """
+    rho = (tables[0] * half_density).sum(1)
+    gradient = [2 * (chi_k * half_density).sum(1) for chi_k in tables[1:]]
+    return rho, torch.stack(gradient) if gradient else rho.new_zeros(0, len(rho))
