@@ -13,8 +13,8 @@ sensitivities s with tensor components t, and its contractions:
     s = fold_sense(g, t):       dg = stack(t, ds)             dt = fold_components(g, ds)
     t = fold_components(g, s):  dg = stack(dt, s)             ds = fold_sense(g, dt)
 
-This file knows no
-backend: the raw kernels come in as a `SumKernels`.
+This file knows no backend: the raw kernels come in as a `SumKernels`. The sensitivities themselves
+are a closed family as well: `md_plugin.kernels.sensitivity`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import reference
+from md_plugin.kernels import radial_reference, reference
+from md_plugin.kernels.radial_reference import Gradients
 from md_plugin.pairs import Pairs
 
 RawSum = Callable[[Tensor, Tensor, Pairs], Tensor]
@@ -35,7 +36,10 @@ RawProduct = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SumKernels:
-    """The raw sums of one backend: contiguous tensors in, tensors out, no autograd."""
+    """The raw sums of one backend, and its sensitivities, with the arguments of the references.
+
+    Contiguous tensors in, tensors out, no autograd.
+    """
 
     envsum: RawSum
     sensesum: RawSum
@@ -43,6 +47,11 @@ class SumKernels:
     stack: RawProduct = reference.stack
     fold_sense: RawProduct = reference.fold_sense
     fold_components: RawProduct = reference.fold_components
+    sensitivity: Callable[..., Tensor] = radial_reference.sensitivity
+    sensitivity_slope: Callable[..., Gradients] = radial_reference.sensitivity_slope
+    sensitivity_curvature: Callable[..., tuple[Tensor, ...]] = (
+        radial_reference.sensitivity_curvature
+    )
 
 
 class EnvSum(torch.autograd.Function):

@@ -4,7 +4,8 @@
 stream by. `featsum` does the same and scatters into one buffer per thread, summed at the end; with
 more than `MAX_BUFFERS` threads the buffers would cost more than they save, and it owns a sender's
 block of the transpose instead, gathering env tiles. Both orders of summation are fixed for a given
-number of threads. The loops are `numba_rows`, their vector instructions `tiles`.
+number of threads. The loops are `numba_rows`, their vector instructions `tiles`; those of the
+products `numba_products`, of the sensitivities `radial_cpu`.
 
 One thread calls them directly: numba's threads are then never started, and nothing parallel is
 compiled. Compiled code is cached on disk by numba; the first use in a fresh installation compiles
@@ -13,57 +14,21 @@ for 3 s, with several threads for 10 s.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
+from md_plugin.kernels import numba_products as products
 from md_plugin.kernels import numba_rows as rows
+from md_plugin.kernels.radial_cpu import Gaussians
+from md_plugin.kernels.radial_reference import Cutoff, Direction, Gradients
 from md_plugin.pairs import Pairs
 
 DEVICES = ("cpu",)
 MAX_BUFFERS = 8
-
-# fastmath without nnan/ninf: a NaN in the input must come out as NaN, not as noise.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
-# error_model="numpy": the Python model would add zero-division checks that stop vectorisation.
-_jit = numba.njit(parallel=True, fastmath=_FAST, cache=True, error_model="numpy", nogil=True)
-
-
-@_jit
-def _stack(components, sense, stacked):  # type: ignore[no-untyped-def]
-    n_pair, n_comp = components.shape
-    n_nu = sense.shape[1]
-    for p in prange(n_pair):
-        for c in range(n_comp):
-            t = components[p, c]
-            for nu in range(n_nu):
-                stacked[p, c * n_nu + nu] = t * sense[p, nu]
-
-
-@_jit
-def _fold_sense(stacked, components, sense):  # type: ignore[no-untyped-def]
-    n_pair, n_comp = components.shape
-    n_nu = sense.shape[1]
-    for p in prange(n_pair):
-        sense[p] = 0.0
-        for c in range(n_comp):
-            t = components[p, c]
-            for nu in range(n_nu):
-                sense[p, nu] += t * stacked[p, c * n_nu + nu]
-
-
-@_jit
-def _fold_components(stacked, sense, components):  # type: ignore[no-untyped-def]
-    n_pair, n_comp = components.shape
-    n_nu = sense.shape[1]
-    for p in prange(n_pair):
-        for c in range(n_comp):
-            total = sense.dtype.type(0.0)
-            for nu in range(n_nu):
-                total += stacked[p, c * n_nu + nu] * sense[p, nu]
-            components[p, c] = total
 
 
 def threads() -> int:
@@ -136,26 +101,69 @@ def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
 
 def stack(components: Tensor, sense: Tensor) -> Tensor:
     """(n_pair, n_comp), (n_pair, n_nu) -> (n_pair, n_comp n_nu), components outermost."""
-    threads()
     n_comp, n_nu = components.shape[1], sense.shape[1]
     stacked = torch.empty(sense.shape[0], n_comp * n_nu, dtype=sense.dtype)
-    _stack(_view(components), _view(sense), _view(stacked))
+    _share(products.stack_range, products.stack_threads, components, sense, stacked)
     return stacked
 
 
 def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
     """(n_pair, n_comp n_nu), (n_pair, n_comp) -> (n_pair, n_nu)."""
-    threads()
     n_pair, n_comp = components.shape
     sense = torch.empty(n_pair, stacked.shape[1] // n_comp, dtype=stacked.dtype)
-    _fold_sense(_view(stacked), _view(components), _view(sense))
+    _share(products.fold_sense_range, products.fold_sense_threads, stacked, components, sense)
     return sense
 
 
 def fold_components(stacked: Tensor, sense: Tensor) -> Tensor:
     """(n_pair, n_comp n_nu), (n_pair, n_nu) -> (n_pair, n_comp)."""
-    threads()
     n_pair, n_nu = sense.shape
     components = torch.empty(n_pair, stacked.shape[1] // n_nu, dtype=stacked.dtype)
-    _fold_components(_view(stacked), _view(sense), _view(components))
+    _share(
+        *(products.fold_components_range, products.fold_components_threads),
+        *(stacked, sense, components),
+    )
     return components
+
+
+def _share(serial: Any, threaded: Any, *tensors: Tensor) -> None:
+    """One thread takes all pairs, several a block each."""
+    n_thread = threads()
+    arrays = [_view(x) for x in tensors]
+    if n_thread == 1:
+        serial(*arrays, 0, len(arrays[0]))
+    else:
+        threaded(*arrays, n_thread)
+
+
+def sensitivity(r: Tensor, mu: Tensor, sigma: Tensor, cutoff: Cutoff) -> Tensor:
+    """(n_pair,), (n_nu,), (n_nu,) -> s (n_pair, n_nu)."""
+    sense = r.new_empty(len(r), len(mu))
+    gaussians = Gaussians(_view(mu), _view(sigma), cutoff)
+    gaussians.value(_view(r), _view(sense), threads())
+    return sense
+
+
+def sensitivity_slope(
+    grad: Tensor, r: Tensor, mu: Tensor, sigma: Tensor, cutoff: Cutoff, parameters: bool = True
+) -> Gradients:
+    """g (n_pair, n_nu) -> dr (n_pair,), dmu and dsigma (n_nu,), or None without `parameters`."""
+    grad_r = torch.empty_like(r)
+    gaussians = Gaussians(_view(mu), _view(sigma), cutoff)
+    found = gaussians.slope(_view(grad), _view(r), _view(grad_r), parameters, threads())
+    if not parameters:
+        return grad_r, None, None
+    grad_mu, grad_sigma = (torch.from_numpy(x).to(r.dtype) for x in found)
+    return grad_r, grad_mu, grad_sigma
+
+
+def sensitivity_curvature(
+    grad: Tensor, r: Tensor, mu: Tensor, sigma: Tensor, along: Direction, cutoff: Cutoff
+) -> tuple[Tensor, ...]:
+    """Gradients of sum g h in g, r, mu and sigma; see `radial_reference`."""
+    h, grad_r = torch.empty_like(grad), torch.empty_like(r)
+    rho, alpha, beta = (_view(x) for x in along)
+    gaussians = Gaussians(_view(mu), _view(sigma), cutoff, alpha, beta)
+    out = (_view(h), _view(grad_r))
+    found = gaussians.curvature(_view(grad), _view(r), rho, out, threads())
+    return h, grad_r, *(torch.from_numpy(x).to(r.dtype) for x in found)

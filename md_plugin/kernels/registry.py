@@ -34,8 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import reference
+from md_plugin.kernels import radial_reference, reference
 from md_plugin.kernels.closure import EnvSum, FeatSum, SenseSum, Stack, SumKernels, check_shapes
+from md_plugin.kernels.radial_reference import Cutoff
+from md_plugin.kernels.sensitivity import Sensitivity, check_radial, known_answers
 from md_plugin.pairs import Pairs
 
 logger = logging.getLogger("md_plugin")
@@ -93,6 +95,16 @@ class Backend:
         """(n_pair, n_comp), (n_pair, n_nu) -> (n_pair, n_comp n_nu); any derivative."""
         stacked: Tensor = Stack.apply(self.kernels, components, sense)
         return stacked
+
+    def sensitivity(self, r: Tensor, mu: Tensor, sigma: Tensor, cutoff: Cutoff) -> Tensor:
+        """(n_pair,), (n_nu,), (n_nu,), Å -> sense (n_pair, n_nu); any derivative."""
+        check_radial(r, mu, sigma)
+        if self.kernels.sensitivity is radial_reference.sensitivity:
+            return radial_reference.sensitivity(r, mu, sigma, cutoff)
+        if self.name != "torch":
+            _radial_check(self, r.device.type)
+        sense: Tensor = Sensitivity.apply(self.kernels, r, mu, sigma, cutoff)
+        return sense
 
     def _ready(self, name: str, first: Tensor, second: Tensor, pairs: Pairs) -> None:
         check_shapes(name, first, second, pairs)
@@ -190,14 +202,28 @@ def _self_check(backend: Backend, device: str) -> None:
             ("featsum", (env, sense)),
         ):
             got = getattr(backend.kernels, name)(*args, pairs)
-            want = getattr(reference, name)(*args, pairs)
             # At most 15 products of order one per element: 64 roundings are generous.
-            if not torch.allclose(got, want, rtol=0.0, atol=64 * torch.finfo(dtype).eps):
-                raise BackendError(
-                    f"backend {backend.name!r} computes a wrong {name} in {dtype} on {device} "
-                    f"(largest difference {float((got - want).abs().max()):.1e}); "
-                    "do not use it on this machine, and report this with your versions"
-                )
+            _compare(backend, name, got, getattr(reference, name)(*args, pairs), 1.0)
+
+
+@cache
+def _radial_check(backend: Backend, device: str) -> None:
+    """Apart from the sums: who only calls those does not wait for these to be compiled."""
+    _self_check(backend, device)
+    for dtype in (torch.float32, torch.float64):
+        for name, got, want in known_answers(backend.kernels, device, dtype):
+            # Sums of 21 numbers: 64 roundings of the largest are generous.
+            _compare(backend, name, got, want, float(want.abs().max()))
+
+
+def _compare(backend: Backend, name: str, got: Tensor, want: Tensor, scale: float) -> None:
+    atol = 64 * torch.finfo(got.dtype).eps * scale
+    if not torch.allclose(got.to(want.dtype), want, rtol=0.0, atol=atol):
+        raise BackendError(
+            f"backend {backend.name!r} computes a wrong {name} in {got.dtype} on "
+            f"{got.device.type} (largest difference {float((got - want).abs().max()):.1e}); "
+            "do not use it on this machine, and report this with your versions"
+        )
 
 
 @cache

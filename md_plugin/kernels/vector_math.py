@@ -46,11 +46,11 @@ def polynomial(e: Emitter, x: Value, coefficients: Sequence[float]) -> Value:
     return value
 
 
-def exp2(e: Emitter, x: Value) -> Value:
-    """2^x for x <= 0; from -60 (float64: -150) on it stays at 2^-60, so nothing denormal."""
-    bits, least, coefficients, _ = _FORMATS[e.size]
+def exp2(e: Emitter, x: Value, least: float | None = None) -> Value:
+    """2^x for x <= 0; from -60 (float64: -150), or -least, on it stays, so nothing denormal."""
+    bits, usual, coefficients, _ = _FORMATS[e.size]
     b = e.builder
-    x = e.at_least(x, -least)
+    x = e.at_least(x, -(least or usual))
     # Adding 1.5 2^bits rounds to an integer, which the low bits of the sum then hold.
     magic = e.const(1.5 * 2.0**bits)
     shifted = e.add(x, magic)

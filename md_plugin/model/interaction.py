@@ -72,11 +72,11 @@ class InteractionLayer(nn.Module):
             pairs: who sees whom.
             r: (n_pair,) distances, Å.
             components: (n_pair, 1 | 4 | 9 | 16) tensor components of the unit vectors.
-            backend: computes the sum over neighbours.
+            backend: computes sensitivities and the sum over neighbours.
         """
         n_nu, n_in, n_out = self.weight.shape
         n_tensor = N_COMPONENTS[self.order]
-        sense = self.sensitivity(r)
+        sense = self.sensitivity(r, backend)
         if self.order > 0:
             sense = backend.stack(components[:, :n_tensor], sense)
         env = backend.envsum(sense, features, pairs)

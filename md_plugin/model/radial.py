@@ -5,7 +5,8 @@
     s_nu(r)    = sum_k g_k(r) matching[k, nu]      where a bottleneck makes n_nu of n_gaussians g_k
 
 Gaussians in inverse distance with trainable centres mu (Å) and inverse widths sigma (Å), under a
-squared-cosine cutoff: Lubbers, Smith, Barros, J. Chem. Phys. 148, 241715 (2018), eqs. 6-8.
+squared-cosine cutoff: Lubbers, Smith, Barros, J. Chem. Phys. 148, 241715 (2018), eqs. 6-8. The
+backend computes them and their derivatives: `md_plugin.kernels.radial_reference`.
 
     tensors    1;  r_hat;  r_hat r_hat^T - 1/3        (components of order 0, 1, 2)
 
@@ -16,25 +17,16 @@ tensor has the elements xxx, xxy, xxz, xyy, xyz, yyy, yyz.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import threshold
 
+from md_plugin.kernels.radial_reference import Cutoff
+from md_plugin.kernels.registry import Backend, resolve
 from md_plugin.model.invariants import monomials, projection
 
-# Gaussians below exp(-80) = 2e-35 are exactly zero: the sums skip zeros, and denormal numbers,
-# which float32 would have from exp(-88) on, slow every product down several times.
-FAR = -80.0
 N_COMPONENTS = (1, 4, 9, 16)  # by order: scalar; + vector; + quadrupole; + octupole
-
-
-def cutoff(r: Tensor, rcut: float, end: float | None = None) -> Tensor:
-    """Squared-cosine cutoff of distances r (n_pair,); exactly zero from `end` on, or from rcut."""
-    inside = torch.cos(r * (0.5 * math.pi / rcut)).square()
-    return torch.where(r < (end or rcut), inside, torch.zeros_like(inside))
 
 
 class InverseGaussianSensitivity(nn.Module):
@@ -71,13 +63,11 @@ class InverseGaussianSensitivity(nn.Module):
         if n_gaussians is not None:
             self.matching = nn.Parameter(nn.init.orthogonal_(torch.empty(n, n_nu)))
 
-    def forward(self, r: Tensor) -> Tensor:
+    def forward(self, r: Tensor, backend: Backend | None = None) -> Tensor:
         """Distances (n_pair,) in Å -> sense (n_pair, n_nu)."""
-        scaled = torch.addmm(
-            (-self.sigma / self.mu)[None, :], r.reciprocal()[:, None], self.sigma[None, :]
-        )
-        exponent = threshold(-0.5 * scaled.square(), FAR, -torch.inf)
-        sense = torch.exp(exponent) * cutoff(r, self.rcut, self.end)[:, None]
+        backend = backend or resolve(None, None, r.device)
+        cutoff = Cutoff(self.rcut, self.rcut if self.end is None else self.end)
+        sense = backend.sensitivity(r, self.mu, self.sigma, cutoff)
         return sense if self.matching is None else sense @ self.matching
 
 

@@ -1,0 +1,77 @@
+"""The product of sensitivities and tensor components, and its contractions, compiled by numba.
+
+`*_range` computes pairs first .. last - 1 in one thread; `*_threads` shares the pairs out in
+contiguous blocks. Equations: `reference`.
+"""
+
+from __future__ import annotations
+
+import numba
+from numba import prange
+
+# fastmath without nnan/ninf: a NaN in the input must come out as NaN, not as noise.
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+# error_model="numpy": the Python model would add zero-division checks that stop vectorisation.
+_OPTIONS = {"fastmath": _FAST, "cache": True, "error_model": "numpy", "nogil": True}
+_jit, _parallel_jit = numba.njit(**_OPTIONS), numba.njit(parallel=True, **_OPTIONS)
+
+
+@_jit
+def stack_range(components, sense, stacked, first, last):  # type: ignore[no-untyped-def]
+    """Write stacked[first:last]."""
+    n_comp, n_nu = components.shape[1], sense.shape[1]
+    for p in range(first, last):
+        for c in range(n_comp):
+            t = components[p, c]
+            for nu in range(n_nu):
+                stacked[p, c * n_nu + nu] = t * sense[p, nu]
+
+
+@_jit
+def fold_sense_range(stacked, components, sense, first, last):  # type: ignore[no-untyped-def]
+    """Write sense[first:last]."""
+    n_comp, n_nu = components.shape[1], sense.shape[1]
+    for p in range(first, last):
+        sense[p] = 0.0
+        for c in range(n_comp):
+            t = components[p, c]
+            for nu in range(n_nu):
+                sense[p, nu] += t * stacked[p, c * n_nu + nu]
+
+
+@_jit
+def fold_components_range(stacked, sense, components, first, last):  # type: ignore[no-untyped-def]
+    """Write components[first:last]."""
+    n_comp, n_nu = components.shape[1], sense.shape[1]
+    for p in range(first, last):
+        for c in range(n_comp):
+            total = sense.dtype.type(0.0)
+            for nu in range(n_nu):
+                total += stacked[p, c * n_nu + nu] * sense[p, nu]
+            components[p, c] = total
+
+
+@_parallel_jit
+def stack_threads(components, sense, stacked, n_thread):  # type: ignore[no-untyped-def]
+    """Write stacked."""
+    n = len(sense)
+    for k in prange(n_thread):
+        stack_range(components, sense, stacked, n * k // n_thread, n * (k + 1) // n_thread)
+
+
+@_parallel_jit
+def fold_sense_threads(stacked, components, sense, n_thread):  # type: ignore[no-untyped-def]
+    """Write sense."""
+    n = len(sense)
+    for k in prange(n_thread):
+        fold_sense_range(stacked, components, sense, n * k // n_thread, n * (k + 1) // n_thread)
+
+
+@_parallel_jit
+def fold_components_threads(stacked, sense, components, n_thread):  # type: ignore[no-untyped-def]
+    """Write components."""
+    n = len(sense)
+    for k in prange(n_thread):
+        fold_components_range(
+            stacked, sense, components, n * k // n_thread, n * (k + 1) // n_thread
+        )
