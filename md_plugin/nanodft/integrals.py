@@ -113,11 +113,7 @@ def eri(
             f"more than max_memory_mb = {max_memory_mb:g}; raise it or take a smaller molecule"
         )
     packed = _module(name).eri(basis, positions, max(int(max_memory_mb * MB) - need, MB))
-    index = torch.arange(n, device=positions.device)
-    high, low = torch.maximum(index[:, None], index), torch.minimum(index[:, None], index)
-    product = high * (high + 1) // 2 + low
-    result: Tensor = packed[product.flatten()][:, product.flatten()].view(n, n, n, n)
-    return result
+    return _unpacked(packed, n)
 
 
 def two_electron_gradient(
@@ -167,6 +163,19 @@ def two_electron_gradient(
         basis, positions.detach(), dm, float(hyb), int(max_memory_mb * MB)
     )
     return gradient
+
+
+def _unpacked(packed: Tensor, n: int) -> Tensor:
+    """(n, n, n, n) from the integrals of unique products i >= j, row by row."""
+    index = torch.arange(n, device=packed.device)
+    high, low = torch.maximum(index[:, None], index), torch.minimum(index[:, None], index)
+    product = high * (high + 1) // 2 + low
+    values = packed.new_empty((n, n, n, n))
+    for i in range(n):
+        rows = packed[product[i, : i + 1]][:, product.flatten()].view(i + 1, n, n)
+        values[i, : i + 1] = rows
+        values[:i, i] = rows[:i]
+    return values
 
 
 def _check_positions(basis: Basis, positions: Tensor) -> None:

@@ -14,6 +14,7 @@ PySCF's spherical order and normalisation. Helgaker, Jørgensen and Olsen (2000)
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -22,10 +23,10 @@ from torch import Tensor
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.hermite import coulomb, expansion
 from md_plugin.nanodft.shell_pairs import (
-    POWERS,
     HermitePairs,
     PairClass,
     hermite_pairs,
+    products,
     shell_pairs,
 )
 
@@ -81,32 +82,25 @@ def kinetic(basis: Basis, positions: Tensor) -> Tensor:
     moments = moments.view(3, 3, *pa.shape)  # x_A^i x_B^j of each axis
     # (derivative's power, factor): d x^0 = -2 a x^1, d x^1 = x^0 - 2 a x^2
     terms = [[((1, -2 * e),), ((0, torch.ones_like(e)), (2, -2 * e))] for e in (a, b)]
-    slopes = [
-        [
-            sum((f * g)[:, None] * moments[i, j] for i, f in terms[0][m] for j, g in terms[1][n])
-            for n in (0, 1)
-        ]
-        for m in (0, 1)
-    ]
+    slopes: dict[tuple[int, int], Tensor] = {}
+    for first, second in itertools.product((0, 1), repeat=2):
+        pairs_of = itertools.product(terms[0][first], terms[1][second])
+        parts = [(f * g)[:, None] * moments[i, j] for (i, f), (j, g) in pairs_of]
+        slopes[first, second] = torch.stack(parts).sum(0)
     factor = 0.5 * (math.pi / p) ** 1.5 * torch.exp(-a * b / p * (separation**2).sum(-1))
     values = []
     for kind in pairs.classes:
         part = slice(kind.first, kind.last)
         columns = []
-        for m, n in _products(kind):
+        for m, n in products(kind.order):
             column = torch.zeros_like(p[part])
             for d in range(3):
                 one, two = ((d + k) % 3 for k in (1, 2))
                 rest = moments[m[one], n[one], part, one] * moments[m[two], n[two], part, two]
-                column = column + slopes[m[d]][n[d]][part, d] * rest
+                column = column + slopes[m[d], n[d]][part, d] * rest
             columns.append(column)
         values.append(kind.coefficients * factor[part, None] * torch.stack(columns, -1))
     return _scatter(basis, pairs.classes, values)
-
-
-def _products(kind: PairClass) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
-    first, second = ((1, 1), (4, 1), (4, 4))[kind.order]
-    return [(m, n) for m in POWERS[:first] for n in POWERS[:second]]
 
 
 def _tables(basis: Basis, positions: Tensor) -> tuple[HermitePairs, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.nanodft.basis import Basis
-from md_plugin.nanodft.hermite import TRIPLES, expansion, n_hermite
+from md_plugin.nanodft.hermite import TRIPLES, Triple, expansion, n_hermite
 
 # Powers of x, y, z in the functions of an sp shell; a pure s shell has the first only.
 POWERS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
@@ -171,17 +171,19 @@ def _pair_class(
     )
 
 
-@lru_cache(maxsize=3)
+def products(order: int) -> list[tuple[Triple, Triple]]:
+    """Powers of x, y, z of the two functions in each product of a class."""
+    first, second = ((1, 1), (4, 1), (4, 4))[order]
+    return [(m, n) for m in POWERS[:first] for n in POWERS[:second]]
+
+
+@lru_cache(maxsize=16)
 def _factors(order: int, device: torch.device) -> tuple[Tensor, ...]:
     """Per axis: (n_hermite(order), n_prod) where the product's E_t^ij stands among the 12."""
-    n_func = {0: (1, 1), 1: (4, 1), 2: (4, 4)}[order]
-    products = [(m, n) for m in POWERS[: n_func[0]] for n in POWERS[: n_func[1]]]
+    triples = TRIPLES[: n_hermite(order)]
     return tuple(
         torch.tensor(
-            [
-                [3 * (2 * m[d] + n[d]) + t[d] for m, n in products]
-                for t in TRIPLES[: n_hermite(order)]
-            ]
+            [[3 * (2 * m[d] + n[d]) + t[d] for m, n in products(order)] for t in triples]
         ).to(device)
         for d in range(3)
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,13 +33,15 @@ class _Block:
 
     table: HermitePairs
     index: int  # of the class
+    first_pair: int
     pairs: slice
     prims: slice
 
     @property
     def owner(self) -> Tensor:
         """(n_prim,) pair of each primitive pair, within the block."""
-        return self.table.kind.pair[self.prims] - self.pairs.start
+        pair: Tensor = self.table.kind.pair[self.prims] - self.first_pair
+        return pair
 
 
 def eri(basis: Basis, positions: Tensor, max_memory: int) -> Tensor:
@@ -72,8 +74,7 @@ def two_electron_gradient(
         x = positions.detach().requires_grad_()
         attached = hermite_pairs(shell_pairs(basis, x.device), x)
         tables = [
-            HermitePairs(t.kind, t.exponent, t.centre.detach(), t.expansion.detach())
-            for t in attached
+            replace(t, centre=t.centre.detach(), expansion=t.expansion.detach()) for t in attached
         ]
         slopes = [(torch.zeros_like(t.expansion), torch.zeros_like(t.centre)) for t in tables]
         for bra, ket in _meetings(tables, max_memory // _BYTES["gradient"]):
@@ -83,11 +84,9 @@ def two_electron_gradient(
                 for side in (bra, ket)
                 for leaf in (side.table.expansion, side.table.centre)
             ]
-            sides = [
-                HermitePairs(side.table.kind, side.table.exponent, leaves[2 * i + 1], leaves[2 * i])
-                for i, side in enumerate((bra, ket))
-            ]
-            values = _integrals(*sides, bra.owner, ket.owner)
+            one = replace(bra.table, expansion=leaves[0], centre=leaves[1])
+            other = replace(ket.table, expansion=leaves[2], centre=leaves[3])
+            values = _integrals(one, other, bra.owner, ket.owner)
             energy = 0.5 * twice * (values * _gamma(dm, bra, ket, hyb)).sum()
             for leaf, slope in enumerate(torch.autograd.grad(energy, leaves)):
                 side = (bra, ket)[leaf // 2]
@@ -174,9 +173,12 @@ def _blocks(tables: tuple[HermitePairs, ...] | list[HermitePairs], size: int) ->
             while last < len(start) - 1 and start[last + 1] - start[first] <= size:
                 last += 1
             prims = slice(start[first], start[last])
-            cut = HermitePairs(
-                table.kind, table.exponent[prims], table.centre[prims], table.expansion[prims]
+            cut = replace(
+                table,
+                exponent=table.exponent[prims],
+                centre=table.centre[prims],
+                expansion=table.expansion[prims],
             )
-            blocks.append(_Block(cut, index, slice(first, last), prims))
+            blocks.append(_Block(cut, index, first, slice(first, last), prims))
             first = last
     return blocks
