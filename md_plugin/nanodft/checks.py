@@ -76,7 +76,7 @@ class Settings:
         """What was computed, such as "b3lyp/6-31g, grid level 3, charge 1"."""
         name = f"{self.xc.lower()}/{self.basis.lower()}"
         charge = f", charge {self.charge}" if self.charge else ""
-        if get_functional(self.xc).energy_density is None:
+        if get_functional(self.xc).density_functional is None:
             return name + charge
         without = "" if self.grid_response else ", no grid response"
         return f"{name}, grid level {self.grid_level}{without}{charge}"

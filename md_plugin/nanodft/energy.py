@@ -152,7 +152,7 @@ class Molecule:
         self._charges = torch.tensor(self.numbers, dtype=torch.float64, device=self.device)
         self._orbitals = Orbitals.of(self.basis, self.device)
         self._grid: Grid | None = None
-        if self.functional.energy_density is not None:
+        if self.functional.density_functional is not None:
             self._grid = Grid.build(self.numbers, settings.grid_level, self.device)
         self._atoms: Tensor | None = None
 
@@ -164,7 +164,7 @@ class Molecule:
         """
         geometry = check_positions(positions, len(self.numbers))
         x = torch.as_tensor(geometry / Bohr, device=self.device)
-        problem = self._hamiltonian(x)
+        problem = self.hamiltonian(x)
         state = self._solve(problem, dm0)
         gradient = self._gradient(x, problem, state)
         moments = -(integrals.dipole(self.basis, x) * state.dm).sum((1, 2))
@@ -182,7 +182,8 @@ class Molecule:
             device=str(self.device),
         )
 
-    def _hamiltonian(self, x: Tensor) -> Hamiltonian:
+    def hamiltonian(self, x: Tensor) -> Hamiltonian:
+        """Integrals and grid at positions x (n_atom, 3) in bohr; what depends on no density."""
         settings, basis, functional = self.settings, self.basis, self.functional
         eri = integrals.eri(basis, x, backend=self.backend, max_memory_mb=settings.max_memory_mb)
         xc = None

@@ -2,9 +2,12 @@
 
     E_xc = int e(rho, sigma) dr,    sigma = |grad rho|^2;    e in Ha/bohr^3, lengths in bohr
 
-Each functional is the formula of its paper at zero spin polarisation; derivatives come from
-autograd. Where rho is below `MIN_DENSITY`, energy and derivatives are exactly zero: quotients of
-vanishing densities have no derivative that a computer could form.
+Each functional is the formula of its paper at zero spin polarisation, followed by its derivatives
+
+    v_rho = de/drho,    v_sigma = de/dsigma
+
+Where rho is below `MIN_DENSITY`, all three are exactly zero: quotients of vanishing densities are
+nothing that a computer could form.
 """
 
 from __future__ import annotations
@@ -17,66 +20,97 @@ import torch
 from torch import Tensor
 
 MIN_DENSITY = 1e-14  # 1/bohr^3
-_MIN_SIGMA = 1e-40  # below, B88's square root has no slope; its term is 0 there anyway
 
-EnergyDensity = Callable[[Tensor, Tensor], Tensor]
+Derivatives = tuple[Tensor, Tensor, Tensor]  # e, v_rho, v_sigma; (n,) each
 
 
-def slater(rho: Tensor, sigma: Tensor) -> Tensor:
-    """Exchange of the uniform electron gas (Dirac 1930; Slater 1951)."""
+def slater(rho: Tensor) -> tuple[Tensor, Tensor]:
+    """e and v_rho of the uniform electron gas's exchange (Dirac 1930; Slater 1951)."""
     factor: float = -0.75 * (3 / math.pi) ** (1 / 3)
-    return factor * rho.pow(4 / 3)
+    root = rho.pow(1 / 3)
+    return factor * rho * root, 4 / 3 * factor * root
 
 
-def b88(rho: Tensor, sigma: Tensor) -> Tensor:
-    """Becke's exchange, Phys. Rev. A 38, 3098 (1988), eq. 8, Slater's part included."""
+def b88(rho: Tensor, sigma: Tensor) -> Derivatives:
+    """What Becke's exchange adds to Slater's, Phys. Rev. A 38, 3098 (1988), eq. 8."""
     beta = 0.0042
     rho43 = (0.5 * rho).pow(4 / 3)  # of one spin
-    s = 0.5 * sigma.clamp(min=_MIN_SIGMA).sqrt() / rho43
-    gradient_part = -2 * beta * rho43 * s * s / (1 + 6 * beta * s * s.asinh())
-    return slater(rho, sigma) + gradient_part
+    s = 0.5 * sigma.sqrt() / rho43
+    arc = s.asinh()
+    g = 1 + 6 * beta * s * arc
+    s_dlng_ds = 6 * beta * s * (arc + s * (1 + s * s).rsqrt()) / g
+    per_sigma = -0.5 * beta / (rho43 * g)
+    e = per_sigma * sigma
+    return e, -4 / 3 * e / rho * (1 - s_dlng_ds), per_sigma * (1 - 0.5 * s_dlng_ds)
 
 
-def _vwn(rho: Tensor, x0: float, b: float, c: float) -> Tensor:
+def _vwn(rho: Tensor, x0: float, b: float, c: float) -> tuple[Tensor, Tensor]:
     """Vosko, Wilk, Nusair, Can. J. Phys. 58, 1200 (1980), eq. 4.4, paramagnetic; A in Ha."""
     a = 0.0310907
     q = math.sqrt(4 * c - b * b)
+    k = b * x0 / (x0 * x0 + b * x0 + c)
     x = (4 * math.pi / 3 * rho).pow(-1 / 6)  # square root of the Wigner-Seitz radius
     big_x = x * x + b * x + c
-    arc = (q / (2 * x + b)).atan()
-    shifted = ((x - x0) ** 2 / big_x).log() + 2 * (b + 2 * x0) / q * arc
-    uniform = (x * x / big_x).log() + 2 * b / q * arc
-    return a * rho * (uniform - b * x0 / (x0 * x0 + b * x0 + c) * shifted)
+    arc = (q / (2 * x + b)).atan() / q
+    uniform = (x * x / big_x).log() + 2 * b * arc
+    shifted = ((x - x0) ** 2 / big_x).log() + 2 * (b + 2 * x0) * arc
+    energy = a * (uniform - k * shifted)
+    # the arc's slope is -1 / (2 X), because q^2 + (2 x + b)^2 = 4 X
+    slope_uniform = 2 / x - 2 * (x + b) / big_x
+    slope_shifted = 2 / (x - x0) - 2 * (x + b + x0) / big_x
+    slope = a * (slope_uniform - k * slope_shifted)
+    return rho * energy, energy - x / 6 * slope
 
 
-def vwn5(rho: Tensor, sigma: Tensor) -> Tensor:
+def vwn5(rho: Tensor) -> tuple[Tensor, Tensor]:
     """Correlation of the uniform gas, the paper's fit V to Ceperley and Alder's energies."""
     return _vwn(rho, x0=-0.10498, b=3.72744, c=12.9352)
 
 
-def vwn_rpa(rho: Tensor, sigma: Tensor) -> Tensor:
+def vwn_rpa(rho: Tensor) -> tuple[Tensor, Tensor]:
     """Correlation of the uniform gas, the paper's fit to the random phase approximation."""
     return _vwn(rho, x0=-0.409286, b=13.0720, c=42.7198)
 
 
-def lyp(rho: Tensor, sigma: Tensor) -> Tensor:
+def lyp(rho: Tensor, sigma: Tensor) -> Derivatives:
     """Lee, Yang, Parr, Phys. Rev. B 37, 785 (1988), without second derivatives of the density.
 
-    Miehlich et al., Chem. Phys. Lett. 157, 200 (1989), eq. 2, at equal spin densities.
+    Miehlich et al., Chem. Phys. Lett. 157, 200 (1989), eq. 2, at equal spin densities; u is
+    rho^(-1/3).
     """
     a, b, c, d = 0.04918, 0.132, 0.2533, 0.349
     kinetic: float = 0.3 * (3 * math.pi**2) ** (2 / 3)
-    t = rho.pow(-1 / 3)
-    screening = 1 / (1 + d * t)
-    delta = c * t + d * t * screening
-    gradient_part = sigma * t**5 * (3 + 7 * delta) / 72
-    return -a * screening * (rho + b * (-c * t).exp() * (kinetic * rho - gradient_part))
+    u = rho.pow(-1 / 3)
+    h = 1 / (1 + d * u)
+    decay = b * (-c * u).exp()
+    m = (3 + 7 * u * (c + d * h)) / 72
+    u4 = u.square().square()
+    inner = kinetic * rho - sigma * u4 * u * m
+    outer = rho + decay * inner
+    slope_m = 7 / 72 * (c + d * h * h)
+    slope_inner = -sigma * u4 * (5 * m + u * slope_m)
+    slope_u = -d * h * outer + decay * (slope_inner - c * inner)
+    v_rho = -a * h * (1 + decay * kinetic - u / (3 * rho) * slope_u)
+    return -a * h * outer, v_rho, a * h * decay * u4 * u * m
 
 
-def _b3lyp(rho: Tensor, sigma: Tensor, vwn: EnergyDensity) -> Tensor:
-    """Stephens et al., J. Phys. Chem. 98, 11623 (1994), without the exact exchange."""
-    exchange = 0.08 * slater(rho, sigma) + 0.72 * b88(rho, sigma)
-    return exchange + 0.19 * vwn(rho, sigma) + 0.81 * lyp(rho, sigma)
+def _svwn(rho: Tensor, sigma: Tensor) -> Derivatives:
+    exchange, correlation = slater(rho), vwn5(rho)
+    return exchange[0] + correlation[0], exchange[1] + correlation[1], torch.zeros_like(sigma)
+
+
+def _b3lyp(
+    rho: Tensor, sigma: Tensor, vwn: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Derivatives:
+    """Stephens et al., J. Phys. Chem. 98, 11623 (1994), without the exact exchange (20 %)."""
+    local = zip(slater(rho), vwn(rho), strict=True)
+    e, v_rho = (0.8 * exchange + 0.19 * correlation for exchange, correlation in local)
+    becke, lee = b88(rho, sigma), lyp(rho, sigma)
+    e_gradient, v_gradient, v_sigma = (
+        0.72 * exchange + 0.81 * correlation
+        for exchange, correlation in zip(becke, lee, strict=True)
+    )
+    return e + e_gradient, v_rho + v_gradient, v_sigma
 
 
 @dataclass(frozen=True)
@@ -86,16 +120,16 @@ class Functional:
     Attributes:
         name: as users write it.
         hyb: fraction of exact exchange.
-        energy_density: e(rho, sigma); None where there is no density functional (Hartree-Fock).
+        density_functional: e, v_rho, v_sigma of positive rho and sigma; None in Hartree-Fock.
         gradient: e depends on sigma.
     """
 
     name: str
     hyb: float
-    energy_density: EnergyDensity | None
+    density_functional: Callable[[Tensor, Tensor], Derivatives] | None
     gradient: bool = False
 
-    def evaluate(self, rho: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, rho: Tensor, sigma: Tensor) -> Derivatives:
         """Energy density and its derivatives.
 
         Args:
@@ -103,23 +137,20 @@ class Functional:
             sigma: (n,) squared gradient of the density, 1/bohr^8; ignored by svwn.
 
         Returns:
-            e, de/drho, de/dsigma, each (n,), without a graph; zeros where rho < MIN_DENSITY.
+            e, v_rho, v_sigma, (n,) each; zeros where rho < MIN_DENSITY.
         """
-        assert self.energy_density is not None, f"{self.name} has no density functional"
-        inside = rho > MIN_DENSITY
-        with torch.enable_grad():
-            safe_rho = torch.where(inside, rho, 1.0).detach().requires_grad_()
-            safe_sigma = torch.where(inside, sigma, 0.0).detach().requires_grad_()
-            e = self.energy_density(safe_rho, safe_sigma)
-            slopes = torch.autograd.grad(e.sum(), (safe_rho, safe_sigma), allow_unused=True)
-        vrho, vsigma = (torch.zeros_like(rho) if v is None else v for v in slopes)
-        e, vrho, vsigma = (torch.where(inside, v, 0.0) for v in (e.detach(), vrho, vsigma))
-        return e, vrho, vsigma
+        assert self.density_functional is not None, f"{self.name} has no density functional"
+        outside = rho < MIN_DENSITY
+        values = self.density_functional(
+            rho.masked_fill(outside, 1.0), sigma.masked_fill(outside, 0.0)
+        )
+        e, v_rho, v_sigma = (value.masked_fill(outside, 0.0) for value in values)
+        return e, v_rho, v_sigma
 
 
 METHODS = {
     "hf": Functional("hf", 1.0, None),
-    "svwn": Functional("svwn", 0.0, lambda r, s: slater(r, s) + vwn5(r, s)),
+    "svwn": Functional("svwn", 0.0, _svwn),
     "b3lyp": Functional("b3lyp", 0.2, lambda r, s: _b3lyp(r, s, vwn_rpa), gradient=True),
     "b3lyp5": Functional("b3lyp5", 0.2, lambda r, s: _b3lyp(r, s, vwn5), gradient=True),
 }

@@ -1,0 +1,192 @@
+"""Energies and forces: against PySCF, against finite differences, conserved in dynamics."""
+
+import nanodft_cases as cases
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.md.verlet import VelocityVerlet
+from ase.units import Bohr, Hartree
+from scipy.spatial.transform import Rotation
+
+from md_plugin.nanodft import NanoDFTCalculator, energy_forces, energy_forces_batch
+
+FORCE = Hartree / Bohr  # eV/Å in a Hartree per bohr
+METHODS = ("hf", "svwn", "b3lyp", "b3lyp5")
+CASES = [
+    (name, xc, basis)
+    for name in cases.NAMES
+    if name != "C6H6"
+    for xc in METHODS
+    for basis in ("sto-3g", "6-31g")
+]
+# Benzene takes as long as all others together: each method once.
+CASES += [("C6H6", "hf", "sto-3g"), ("C6H6", "b3lyp", "sto-3g")]
+CASES += [("C6H6", "svwn", "6-31g"), ("C6H6", "b3lyp5", "6-31g")]
+
+
+def compute(atoms, **settings):
+    return energy_forces(atoms.numbers, atoms.positions, **settings)
+
+
+@pytest.mark.parametrize(("name", "xc", "basis"), CASES)
+def test_energy_and_forces_are_those_of_pyscf(name, xc, basis):
+    atoms = cases.displaced(name)
+    field = cases.mean_field(atoms, xc, basis, level=0)
+    result = compute(atoms, xc=xc, basis=basis, grid_level=0, conv_tol_grad=1e-8)
+    assert result.converged
+    assert abs(result.energy / Hartree - field.e_tot) < 1e-9
+    assert abs(result.forces / FORCE + cases.gradient(field)).max() < 1e-7
+    assert abs(result.forces.sum(0)).max() / FORCE < 1e-9
+    occupied = field.mo_occ > 0
+    gap = field.mo_energy[~occupied].min() - field.mo_energy[occupied].max()
+    assert result.homo_lumo_gap / Hartree == pytest.approx(gap, abs=1e-6)
+    dipole = field.dip_moment(unit="au", verbose=0)
+    np.testing.assert_allclose(result.dipole / Bohr, dipole, atol=1e-5)
+    np.testing.assert_allclose(result.dm, field.make_rdm1(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["H2O", "NH3"])
+def test_on_the_default_grid_and_tolerances(name):
+    atoms = cases.displaced(name, seed=1)
+    field = cases.mean_field(atoms, "b3lyp", "6-31g", level=3)
+    result = compute(atoms)
+    assert abs(result.energy / Hartree - field.e_tot) < 1e-9
+    assert abs(result.forces / FORCE + cases.gradient(field)).max() < 1e-7
+
+
+@pytest.mark.parametrize(("numbers", "charge"), [([8, 1, 1, 1], 1), ([8, 1], -1), ([2], 0)])
+def test_ions_and_atoms(numbers, charge):
+    generator = np.random.default_rng(3)
+    positions = 0.9 * np.eye(4, 3, k=-1)[: len(numbers)] + generator.normal(
+        scale=0.05, size=(len(numbers), 3)
+    )
+    atoms = Atoms(numbers, positions)
+    field = cases.mean_field(atoms, "b3lyp", "6-31g", level=1, charge=charge)
+    result = compute(atoms, charge=charge, grid_level=1)
+    assert abs(result.energy / Hartree - field.e_tot) < 1e-9
+    assert abs(result.forces / FORCE + cases.gradient(field)).max() < 2e-7
+
+
+def four_point_difference(atoms, direction, **settings):
+    """Slope of the energy along a direction (n, 3), eV/Å, to fourth order in 1e-3 bohr."""
+    h, slope = 1e-3 * Bohr, 0.0
+    for factor, weight in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+        moved = atoms.positions + factor * h * direction
+        slope += weight * energy_forces(atoms.numbers, moved, **settings).energy / (12 * h)
+    return slope
+
+
+@pytest.mark.parametrize(
+    ("name", "xc", "level"),
+    [("H2O", "b3lyp", 0), ("H2O", "b3lyp", 1), ("H2O", "b3lyp", 3), ("CH4", "svwn", 0)]
+    + [("HCl", "b3lyp5", 0), ("HCN", "hf", 0), ("NH3", "svwn", 1)],
+)
+def test_forces_are_differences_of_the_energy(name, xc, level):
+    atoms = cases.displaced(name)
+    direction = np.random.default_rng(1).normal(size=atoms.positions.shape)
+    settings = {"xc": xc, "grid_level": level, "conv_tol_grad": 1e-8}
+    slope = four_point_difference(atoms, direction, **settings)
+    expected = -(compute(atoms, **settings).forces * direction).sum()
+    assert abs(slope - expected) / FORCE < 1e-7
+
+
+def test_without_grid_response_forces_are_those_of_pyscf_and_no_derivative():
+    """At a coarse grid the error is three orders above the agreement of the test before."""
+    atoms = cases.displaced("H2O")
+    settings = {"xc": "b3lyp", "grid_level": 0, "conv_tol_grad": 1e-8}
+    with_response = compute(atoms, **settings)
+    without = compute(atoms, grid_response=False, **settings)
+    field = cases.mean_field(atoms, "b3lyp", "6-31g", level=0)
+    expected = cases.gradient(field, grid_response=False)
+    assert without.energy == with_response.energy
+    assert abs(without.forces / FORCE + expected).max() < 1e-7
+    assert abs(without.forces - with_response.forces).max() / FORCE > 1e-4
+    assert abs(without.forces.sum(0)).max() / FORCE > 1e-4
+
+
+@pytest.mark.parametrize("name", ["H2O", "CH4"])
+def test_rotation_at_the_default_level(name):
+    """A grid knows directions; level 3 hides them below what a fit to labels could see."""
+    atoms = cases.displaced(name)
+    first = compute(atoms, basis="sto-3g")
+    for rotation in Rotation.random(2, rng=np.random.default_rng(0)):
+        turned = energy_forces(atoms.numbers, rotation.apply(atoms.positions), basis="sto-3g")
+        assert abs(turned.energy - first.energy) / Hartree < 1e-5
+        assert abs(turned.forces - rotation.apply(first.forces)).max() / FORCE < 5e-5
+        np.testing.assert_allclose(turned.dipole, rotation.apply(first.dipole), atol=1e-4)
+
+
+def test_translation_and_order_of_atoms():
+    atoms = cases.displaced("NH3")
+    settings = {"grid_level": 0, "basis": "sto-3g"}
+    first = compute(atoms, **settings)
+    order = [2, 0, 3, 1]
+    moved = energy_forces(
+        atoms.numbers[order], atoms.positions[order] + [3.0, -7.0, 11.0], **settings
+    )
+    assert moved.energy == pytest.approx(first.energy, abs=1e-8)
+    np.testing.assert_allclose(moved.forces, first.forces[order], atol=1e-5)
+    np.testing.assert_allclose(moved.dipole, first.dipole, atol=1e-5)
+
+
+def test_two_molecules_far_apart_are_two_molecules():
+    a, b = cases.displaced("H2O"), cases.displaced("HCN")
+    settings = {"xc": "svwn", "basis": "sto-3g", "grid_level": 1, "conv_tol_grad": 1e-8}
+    both = Atoms(
+        np.concatenate([a.numbers, b.numbers]),
+        np.concatenate([a.positions, b.positions + [0.0, 300.0, 0.0]]),
+    )
+    together, alone = compute(both, **settings), [compute(x, **settings) for x in (a, b)]
+    # dipoles of 0.5 e Å at 300 Å: 1e-7 eV
+    assert together.energy == pytest.approx(sum(x.energy for x in alone), abs=1e-6)
+    np.testing.assert_allclose(
+        together.forces, np.concatenate([x.forces for x in alone]), atol=1e-5
+    )
+
+
+def test_memory_bound_changes_nothing_but_time():
+    """Little memory: tables of functions are computed again and chunks are short."""
+    atoms = cases.displaced("NH3")
+    plenty = compute(atoms, grid_level=1)
+    tight = compute(atoms, grid_level=1, max_memory_mb=1.5)
+    assert tight.energy == pytest.approx(plenty.energy, abs=1e-9)
+    np.testing.assert_allclose(tight.forces, plenty.forces, atol=1e-8)
+
+
+def test_batch_is_one_by_one_in_any_order():
+    conformers = np.stack([cases.displaced("H2O", seed, 0.1).positions for seed in range(4)])
+    numbers, settings = [8, 1, 1], {"basis": "6-31g", "grid_level": 0}
+    batch = energy_forces_batch(numbers, conformers, **settings)
+    backwards = energy_forces_batch(numbers, conformers[::-1], **settings)[::-1]
+    for k, x in enumerate(conformers):
+        alone = energy_forces(numbers, x, **settings)
+        for result in (batch[k], backwards[k]):
+            assert result.energy == pytest.approx(alone.energy, abs=1e-8)
+            np.testing.assert_allclose(result.forces, alone.forces, atol=5e-6)
+
+
+def test_batch_says_which_conformer_failed():
+    good = cases.displaced("H2O").positions
+    bad = good.copy()
+    bad[1] = bad[0]
+    with pytest.raises(ValueError, match=r"atoms 0 and 1 are 0\.000 Å apart") as caught:
+        energy_forces_batch([8, 1, 1], [good, bad], basis="sto-3g", xc="hf")
+    assert caught.value.__notes__ == ["in conformer 1"]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_energy_and_momentum_are_conserved(level):
+    atoms = cases.displaced("H2O", sigma=0.02)
+    atoms.calc = NanoDFTCalculator(basis="sto-3g", grid_level=level)
+    atoms.set_momenta(np.zeros((3, 3)))
+    energies, momenta, kinetic = [], [], []
+    dynamics = VelocityVerlet(atoms, timestep=0.5 * units.fs)
+    dynamics.attach(lambda: energies.append(atoms.get_total_energy()))
+    dynamics.attach(lambda: momenta.append(atoms.get_momenta().sum(0)))
+    dynamics.attach(lambda: kinetic.append(atoms.get_kinetic_energy()))
+    dynamics.run(120)
+    assert len(energies) == 121
+    assert np.std(energies) / len(atoms) < 2e-3
+    assert max(kinetic) > 0.1  # eV: what is conserved had been exchanged
+    atomic_unit = np.sqrt(units._me / units._amu * Hartree)  # of momentum, in ASE's units
+    assert abs(np.array(momenta)).max() / atomic_unit < 1e-6
