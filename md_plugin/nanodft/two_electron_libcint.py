@@ -32,7 +32,7 @@ def two_electron_gradient(
     dm = dm.detach().cpu()
     first = [*basis.ao.tolist(), basis.n_ao]
     gradient = torch.zeros((basis.n_atom, 3), dtype=torch.float64)
-    # the block itself, and about as much again while it is contracted
+    # libcint's block and its copy in C order
     n_pair = max(max_memory // (2 * 3 * 8 * basis.n_ao**2), 1)
     width = max(n_pair // basis.n_ao, 1)
     atoms = torch.repeat_interleave(basis.atom, 2 * basis.l + 1)
@@ -61,9 +61,9 @@ def _block_gradient(
     dm, dm_m, dm_n, dm_mn = dms
     everything = (0, mole.nbas)
     values = torch.from_numpy(mole.intor("int2e_ip1", shls_slice=(*shells, *everything * 2)))
-    gradient = -2 * torch.einsum("xmnkl,kl,mn->xm", values, dm, dm_mn)
+    gradient = -2 * ((values.flatten(3) @ dm.flatten()) * dm_mn).sum(2)
     if hyb:
         # D_mk D_nl and D_ml D_nk give the same: (d_1 m n|k l) is symmetric in k, l
-        half = torch.einsum("xmnkl,nl->xmk", values, dm_n)
-        gradient += hyb * torch.einsum("xmk,mk->xm", half, dm_m)
+        half = (values @ dm_n[:, :, None]).squeeze(-1).sum(2)  # sum_nl (d_1 m n|k l) D_nl
+        gradient += hyb * (half * dm_m).sum(2)
     return gradient

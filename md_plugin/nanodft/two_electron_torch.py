@@ -19,12 +19,18 @@ import torch
 from torch import Tensor
 
 from md_plugin.nanodft.basis import Basis
-from md_plugin.nanodft.hermite import TRIPLES, coulomb, n_hermite, sums
+from md_plugin.nanodft.hermite import coulomb, sums
 from md_plugin.nanodft.shell_pairs import HermitePairs, hermite_pairs, shell_pairs
+from md_plugin.nanodft.two_electron_parts import (
+    from_slopes,
+    padded_density,
+    parity,
+    unique_product,
+)
 
-# Bytes held per quartet of primitives and per Hermite integral of the two sides, measured as the
-# peak of (sp sp|sp sp) blocks: 3 arrays of E x R in the integrals, as many again in the gradient.
-_BYTES = {"integrals": 5_000, "gradient": 14_000}
+# Peak of (sp sp|sp sp) blocks per quartet of primitives, measured: 1.5 and 5.5 kB. 100 Hermite
+# integrals and the half contracted ones are held, with autograd also the levels of the recursion.
+_BYTES = {"integrals": 2_500, "gradient": 7_500}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,28 +97,7 @@ def two_electron_gradient(
             for leaf, slope in enumerate(torch.autograd.grad(energy, leaves)):
                 side = (bra, ket)[leaf // 2]
                 slopes[side.index][leaf % 2][side.prims] += slope
-        return pull_back(attached, x, slopes)
-
-
-def pull_back(
-    tables: tuple[HermitePairs, ...], positions: Tensor, slopes: list[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """(n_atom, 3) gradient in the positions from that in each class's expansion and centres."""
-    outputs = [output for t in tables for output in (t.expansion, t.centre)]
-    given = [slope for pair in slopes for slope in pair]
-    (gradient,) = torch.autograd.grad(outputs, positions, given)
-    return gradient
-
-
-def unique_product(ao: Tensor) -> Tensor:
-    """Number of the product of functions m, n (..., 2) among the unique ones; -1 where one is."""
-    high, low = ao.max(-1).values, ao.min(-1).values
-    return torch.where(low < 0, -1, high * (high + 1) // 2 + low)
-
-
-def padded_density(dm: Tensor) -> Tensor:
-    """The density matrix with a zero row and column for functions numbered -1."""
-    return torch.nn.functional.pad(dm, (0, 1, 0, 1))
+        return from_slopes(attached, x, slopes)
 
 
 def _gamma(dm: Tensor, bra: _Block, ket: _Block, hyb: float) -> Tensor:
@@ -137,7 +122,7 @@ def _integrals(bra: HermitePairs, ket: HermitePairs, owner: Tensor, other: Tenso
     distance = bra.centre[:, None] - ket.centre
     hermite = theta * coulomb(sum(orders), p * q / (p + q), distance)
     hermite = hermite[sums(*orders).to(p.device)]  # (h, h', bra, ket)
-    half = torch.einsum("hjab,bjk->abhk", hermite, ket.expansion * _parity(orders[1], q)[:, None])
+    half = torch.einsum("hjab,bjk->abhk", hermite, ket.expansion * parity(orders[1], q)[:, None])
     half = _add(half.transpose(0, 1), other).transpose(0, 1)  # (bra, pairs of ket, h, k)
     return _add(torch.einsum("ahm,abhk->abmk", bra.expansion, half), owner)
 
@@ -145,11 +130,6 @@ def _integrals(bra: HermitePairs, ket: HermitePairs, owner: Tensor, other: Tenso
 def _add(values: Tensor, owner: Tensor) -> Tensor:
     """Sum the rows that have the same owner."""
     return values.new_zeros((int(owner[-1]) + 1, *values.shape[1:])).index_add(0, owner, values)
-
-
-def _parity(order: int, like: Tensor) -> Tensor:
-    """(n_hermite(order),) (-1)^(t + u + v)."""
-    return like.new_tensor([(-1.0) ** sum(t) for t in TRIPLES[: n_hermite(order)]])
 
 
 def _meetings(
