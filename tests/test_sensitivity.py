@@ -18,6 +18,7 @@ from md_plugin.kernels import radial_reference as reference
 from md_plugin.kernels.radial_reference import Cutoff
 from md_plugin.kernels.registry import Backend
 from md_plugin.kernels.sensitivity import Slope
+from md_plugin.model.radial import Distance
 from md_plugin.neighbours import NeighbourList
 
 CUTOFF = Cutoff(6.0, 5.5)
@@ -195,6 +196,23 @@ def test_higher_derivatives(backend, order, subset):
         found.append(grads)
     for ours, plain in zip(*found, strict=True):
         assert_close(ours, plain, torch.float64, {torch.float64: 1e-11})
+
+
+def test_distances():
+    """The norm, and its derivatives to fourth order as torch finds them."""
+    found = []
+    for distance in (Distance.apply, lambda x: x.square().sum(dim=1).sqrt()):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        value = distance(x.requires_grad_()).pow(3).sum()
+        found.append([value])
+        for _ in range(4):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            value = gradient.sin().sum()
+            found[-1].append(gradient)
+    for ours, plain in zip(*found, strict=True):
+        assert_close(ours, plain, torch.float64, {torch.float64: 1e-12})
+    gradcheck(Distance.apply, x)
+    gradgradcheck(Distance.apply, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,12 @@ from md_plugin.kernels.registry import backend_choice, resolve
 from md_plugin.model.config import N_ELEMENTS, HipnnConfig, make_activation
 from md_plugin.model.interaction import InteractionLayer
 from md_plugin.model.invariants import InvariantMixing
-from md_plugin.model.radial import InverseGaussianSensitivity, TensorComponents, tensor_components
+from md_plugin.model.radial import (
+    Distance,
+    InverseGaussianSensitivity,
+    TensorComponents,
+    tensor_components,
+)
 from md_plugin.pairs import Pairs
 
 
@@ -138,8 +143,8 @@ class Hipnn(nn.Module):
         """
         halo = halo or NoHalo()
         sums = resolve(backend, self.backend, r_ij.device)
-        r = torch.linalg.vector_norm(r_ij, dim=1)
-        components = self._components(r_ij / r[:, None])
+        r: Tensor = Distance.apply(r_ij)  # type: ignore[no-untyped-call]
+        components = self._components(r_ij, r)
         r, components = r.to(self.encoder.dtype), components.to(self.encoder.dtype)
 
         features = self.encoder[species.long()]
@@ -160,7 +165,10 @@ class Hipnn(nn.Module):
         """(n,) atomic numbers -> (n,) float64, eV."""
         return self._reference_energy[species.long()]
 
-    def _components(self, r_hat: Tensor) -> Tensor:
+    def _components(self, r_ij: Tensor, r: Tensor) -> Tensor:
+        if self.config.order == 0:
+            return torch.ones_like(r[:, None])
+        r_hat = r_ij / r[:, None]
         if self.components is None:
             return tensor_components(r_hat, self.config.order)
         found: Tensor = self.components(r_hat)

@@ -29,6 +29,27 @@ from md_plugin.model.invariants import monomials, projection
 N_COMPONENTS = (1, 4, 9, 16)  # by order: scalar; + vector; + quadrupole; + octupole
 
 
+class Distance(torch.autograd.Function):
+    """r = |r_ij|: (n_pair, 3) -> (n_pair,), any derivative.
+
+    torch's own norm takes twice as long when forces are trained, since it looks for zeros each
+    time. Here the gradient of a distance of zero is NaN: no two atoms are at one place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, r_ij: Tensor) -> Tensor:
+        """The length of each row."""
+        r: Tensor = torch.linalg.vector_norm(r_ij, dim=1)
+        ctx.save_for_backward(r_ij, r)
+        return r
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """dr/dr_ij = r_ij / r, of which r is differentiated as above."""
+        r_ij, r = ctx.saved_tensors
+        return r_ij * (grads[0] / r)[:, None]
+
+
 class InverseGaussianSensitivity(nn.Module):
     """Sensitivities s_nu(r); trainable `mu` and `sigma`, each one number per Gaussian, in Å.
 
