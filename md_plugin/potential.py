@@ -67,6 +67,8 @@ class Potential:
         self.geometry_dtype, network_dtype = DTYPES[dtype]
         self.model = model.to(self.device, network_dtype)
         self.info = dict(info or {})
+        # Walking through the modules to their parameters would take longer than 50 atoms.
+        self._layers = [m._parameters for m in self.model.modules() if m._parameters]
         self._warned_close = False
         self._moved: tuple[Pairs, Pairs] | None = None  # the last list, and its copy on the device
         self._fused: tuple[Any, list[FusedHipnn]] | None = None
@@ -168,13 +170,19 @@ class Potential:
         """
         from md_plugin.model import fusion
 
-        weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        weights = [
+            (p.data_ptr(), p._version)
+            for layer in self._layers
+            for p in layer.values()
+            if p is not None
+        ]
         if self._fused is None or self._fused[0] != weights:
             self._fused = weights, [fusion.FusedHipnn(part) for part in self.model.parts]
         found = [part.evaluate(species, geometry, halo) for part in self._fused[1]]
-        energy = torch.stack([f.atom_energy for f in found]).sum(dim=0)
-        forces = torch.stack([f.forces for f in found]).sum(dim=0)
-        virial = torch.stack([f.virial for f in found]).sum(dim=0)
+        energy, forces, virial = found[0].atom_energy, found[0].forces, found[0].virial
+        for other in found[1:]:
+            energy, forces = energy + other.atom_energy, forces + other.forces
+            virial = virial + other.virial
         if halo is None and not bool(forces.isfinite().all()):
             return None
         self._check_closest(min(f.closest for f in found))

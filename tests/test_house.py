@@ -38,6 +38,8 @@ FLOORS = {
         "kernels.vector_math",
         "kernels.fused_*",
         "kernels.softplus_cpu",
+        "kernels.norms_cpu",
+        "kernels.workers",
         "kernels.radial_*",
     ),
     2: ("kernels", "kernels.closure", "kernels.sensitivity", "kernels.registry"),

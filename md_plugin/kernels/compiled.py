@@ -20,7 +20,7 @@ import numba
 OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
 
 
-def compiled(files: Iterable[Path], **options: Any) -> Callable[[FunctionType], Any]:
+def compiled(files: Iterable[Path], **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator: `numba.njit` with OPTIONS, for a function whose code comes from `files` as well.
 
     Args:
@@ -29,7 +29,7 @@ def compiled(files: Iterable[Path], **options: Any) -> Callable[[FunctionType], 
     """
     checksum = zlib.crc32(b"".join(path.read_bytes() for path in files))
 
-    def decorate(function: FunctionType) -> Any:
+    def decorate(function: Any) -> Any:
         code = function.__code__
         code = code.replace(co_freevars=(*code.co_freevars, "checksum"))
         closure = (*(function.__closure__ or ()), CellType(checksum))

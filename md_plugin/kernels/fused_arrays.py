@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -95,10 +96,17 @@ class Gradients:
         self.virials = np.zeros((n_thread, N_SUM))
         self.virials[:, -1] = np.inf
 
+    def part(self, t: int) -> Gradients:
+        """The buffers of thread t alone."""
+        one = copy(self)
+        one.forces, one.messages = self.forces[t : t + 1], self.messages[t : t + 1]
+        one.virials = self.virials[t : t + 1]
+        return one
+
     def total(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Forces (n_send, 3), dE/dz (n_send, n_feat) and virial (3, 3)."""
         virial = self.virials.sum(axis=0)[:9].reshape(3, 3)
-        forces = self.forces.sum(axis=0)[:, :3]
+        forces = self.forces[..., :3].sum(axis=0)
         if len(self.messages) == 1:
             return forces, self.messages[0], virial
         return forces, self.messages.sum(axis=0), virial

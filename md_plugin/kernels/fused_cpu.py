@@ -16,7 +16,8 @@ Receivers come in blocks, begin .. begin + n_block - 1, so that the tiles of a b
 `fused_arrays` holds what is given and found; `fused_radial` makes the tables of sensitivities;
 `fused_row` reads and sorts a row, `fused_tiles` computes its radial functions, `fused_scalar` and
 `fused_tensor` sum, `fused_forces` ends a row; `fused_rows` and `fused_tensor_rows` are what numba
-compiles. With one thread numba's threads are never started.
+compiles. Several threads are `workers`; each scatters into a buffer of its own, so that sums are in
+fixed order for a fixed number of buffers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from md_plugin.kernels import fused_rows as rows
 from md_plugin.kernels import fused_tensor_rows as tensor_rows
 from md_plugin.kernels.fused_arrays import Geometry, Gradients, aligned_zeros, geometry
 from md_plugin.kernels.fused_radial import RadialTable
+from md_plugin.kernels.workers import share, span
 
 __all__ = [
     "Geometry",
@@ -58,19 +60,19 @@ def forward(
         ValueError: an array is not C-contiguous, or too small.
     """
     _check(where, table, env, begin, (table.n_nu,))
-    end = begin + len(env)
     if z is None:
         _check_species(where)
-        if n_thread == 1:
-            rows.forward_species_range(table.arrays, tuple(where), env, begin, begin, end)
-        else:
-            rows.forward_species_threads(table.arrays, tuple(where), env, begin, n_thread)
-        return
-    _check_senders(where, table, z, env.shape[2:])
-    if n_thread == 1:
-        rows.forward_range(table.arrays, tuple(where), z, env, begin, begin, end)
     else:
-        rows.forward_threads(table.arrays, tuple(where), z, env, begin, n_thread)
+        _check_senders(where, table, z, env.shape[2:])
+
+    def work(t: int) -> None:
+        part = _part(begin, len(env), t, n_thread)
+        if z is None:
+            rows.forward_species_range(table.arrays, tuple(where), env, begin, *part)
+        else:
+            rows.forward_range(table.arrays, tuple(where), z, env, begin, *part)
+
+    share(work, n_thread)
 
 
 def backward(
@@ -89,22 +91,22 @@ def backward(
     """
     ge = np.ascontiguousarray(ge)
     _check(where, table, ge, begin, (table.n_nu,))
-    g, end, one = gradients, begin + len(ge), len(gradients.forces) == 1
-    given = table.arrays, tuple(where)
+    given, n_thread = (table.arrays, tuple(where)), len(gradients.forces)
     if z is None:
         _check_species(where)
-        if one:
-            rows.backward_species_range(*given, ge, g.forces[0], g.virials[0], begin, begin, end)
-        else:
-            rows.backward_species_threads(*given, ge, g.forces, g.virials, begin)
-        return
-    _check_senders(where, table, z, ge.shape[2:])
-    _check_senders(where, table, g.messages[0], ge.shape[2:])
-    if one:
-        sums = g.forces[0], g.messages[0], g.virials[0]
-        rows.backward_range(*given, z, ge, *sums, begin, begin, end)
     else:
-        rows.backward_threads(*given, z, ge, g.forces, g.messages, g.virials, begin)
+        _check_senders(where, table, z, ge.shape[2:])
+        _check_senders(where, table, gradients.messages[0], ge.shape[2:])
+
+    def work(t: int) -> None:
+        part = _part(begin, len(ge), t, n_thread)
+        forces, virial = gradients.forces[t], gradients.virials[t]
+        if z is None:
+            rows.backward_species_range(*given, ge, forces, virial, begin, *part)
+        else:
+            rows.backward_range(*given, z, ge, forces, gradients.messages[t], virial, begin, *part)
+
+    share(work, n_thread)
 
 
 def tensor_forward(
@@ -128,10 +130,11 @@ def tensor_forward(
     """
     comps = _check_tensor(where, table, q, mixed, begin, by_species)
     given = table.arrays, tuple(where), q, mixed, comps, int(by_species), begin
-    if n_thread == 1:
-        tensor_rows.tensor_forward_range(*given, begin, begin + len(mixed))
-    else:
-        tensor_rows.tensor_forward_threads(*given, n_thread)
+
+    def work(t: int) -> None:
+        tensor_rows.tensor_forward_range(*given, *_part(begin, len(mixed), t, n_thread))
+
+    share(work, n_thread)
 
 
 def tensor_backward(
@@ -154,22 +157,24 @@ def tensor_backward(
     """
     g = np.ascontiguousarray(g)
     comps = _check_tensor(where, table, q, g, begin, by_species)
-    given = table.arrays, tuple(where), q, g, comps
-    forces, sums, end = gradients.forces, gradients.virials, begin + len(g)
-    if by_species:
-        if len(forces) == 1:
-            tensor_rows.tensor_backward_range(*given, forces[0], sums[0], (), begin, begin, end)
-        else:
-            tensor_rows.tensor_backward_species_threads(*given, forces, sums, begin)
-        return
-    messages = gradients.messages
-    _check_senders(where, table, messages[0], (q.shape[1] * q.shape[2],))
-    dq = messages.reshape(len(messages), *q.shape)
-    if len(forces) == 1:
-        target = forces[0], sums[0], (dq[0],)
-        tensor_rows.tensor_backward_range(*given, *target, begin, begin, end)
-    else:
-        tensor_rows.tensor_backward_threads(*given, forces, sums, dq, begin)
+    given, messages = (table.arrays, tuple(where), q, g, comps), gradients.messages
+    if not by_species:
+        _check_senders(where, table, messages[0], (q.shape[1] * q.shape[2],))
+    n_thread = len(gradients.forces)
+
+    def work(t: int) -> None:
+        part = _part(begin, len(g), t, n_thread)
+        dq = () if by_species else (messages[t].reshape(q.shape),)
+        target = gradients.forces[t], gradients.virials[t], dq
+        tensor_rows.tensor_backward_range(*given, *target, begin, *part)
+
+    share(work, n_thread)
+
+
+def _part(begin: int, n_block: int, t: int, n_thread: int) -> tuple[int, int]:
+    """First and last + 1 receiver of thread t."""
+    part = span(n_block, t, n_thread)
+    return begin + part.start, begin + part.stop
 
 
 def _check_tensor(

@@ -1,14 +1,11 @@
-"""The fused kernels compiled by numba, for ranges of rows and for threads; `fused_cpu` calls them.
+"""The fused kernels compiled by numba; `fused_cpu` calls them.
 
-`*_range` works on receivers first .. last - 1 in one thread. `*_threads` shares a block of
-receivers, the first of which is `begin`, out among numba's threads, in contiguous ranges; each
-scatters into a buffer of its own, so that sums are in fixed order for a fixed number of buffers.
+Each works on receivers first .. last - 1 of a block that starts with receiver `begin`.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from md_plugin.kernels.compiled import compiled
 from md_plugin.kernels.fused_radial import N_BIN, NU_BLOCK
@@ -20,7 +17,7 @@ from md_plugin.kernels.fused_scalar import (
     forward_species_rows,
 )
 
-_jit, _parallel_jit = compiled(FILES), compiled(FILES, parallel=True)
+_jit = compiled(FILES)
 _LINE = 64  # bytes of the widest vector
 
 
@@ -74,41 +71,3 @@ def backward_species_range(table, where, ge, forces, sums, begin, first, last): 
     n_key = N_BIN * ge.shape[2]
     space = space_of(table, where, (first, last), ge.shape[1:], (0, 0), n_key, 1)
     backward_species_rows(table, where, space, (ge, forces, sums, begin, first, last))
-
-
-@_jit
-def part_of(begin, n_block, t, n_thread):  # type: ignore[no-untyped-def]
-    """Rows of thread t: first and last + 1."""
-    return begin + n_block * t // n_thread, begin + n_block * (t + 1) // n_thread
-
-
-@_parallel_jit
-def forward_threads(table, where, z, env, begin, n_thread):  # type: ignore[no-untyped-def]
-    """Write env."""
-    for t in prange(n_thread):
-        first, last = part_of(begin, len(env), t, n_thread)
-        forward_range(table, where, z, env, begin, first, last)
-
-
-@_parallel_jit
-def backward_threads(table, where, z, ge, forces, dz, sums, begin):  # type: ignore[no-untyped-def]
-    """Add to forces[t], dz[t] and sums[t]."""
-    for t in prange(len(forces)):
-        first, last = part_of(begin, len(ge), t, len(forces))
-        backward_range(table, where, z, ge, forces[t], dz[t], sums[t], begin, first, last)
-
-
-@_parallel_jit
-def forward_species_threads(table, where, env, begin, n_thread):  # type: ignore[no-untyped-def]
-    """Write env of one-hot features."""
-    for t in prange(n_thread):
-        first, last = part_of(begin, len(env), t, n_thread)
-        forward_species_range(table, where, env, begin, first, last)
-
-
-@_parallel_jit
-def backward_species_threads(table, where, ge, forces, sums, begin):  # type: ignore[no-untyped-def]
-    """Add to forces[t] and sums[t]."""
-    for t in prange(len(forces)):
-        first, last = part_of(begin, len(ge), t, len(forces))
-        backward_species_range(table, where, ge, forces[t], sums[t], begin, first, last)

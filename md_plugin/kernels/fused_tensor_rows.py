@@ -6,15 +6,13 @@ own. `shared`: q is of species. `dq` is a tuple, empty where dE/dq is not wanted
 
 from __future__ import annotations
 
-from numba import prange
-
 from md_plugin.kernels.compiled import compiled
 from md_plugin.kernels.fused_radial import N_BIN
 from md_plugin.kernels.fused_row import FILES
-from md_plugin.kernels.fused_rows import part_of, space_of
+from md_plugin.kernels.fused_rows import space_of
 from md_plugin.kernels.fused_tensor import tensor_backward_rows, tensor_forward_rows
 
-_jit, _parallel_jit = compiled(FILES), compiled(FILES, parallel=True)
+_jit = compiled(FILES)
 
 
 @_jit
@@ -39,29 +37,3 @@ def tensor_backward_range(  # type: ignore[no-untyped-def]
     space = tensor_space(table, where, q, comps, first, last)
     layer = (q, g, forces, sums) + dq + (begin, first, last)
     tensor_backward_rows(table, where, space, comps, layer)
-
-
-@_parallel_jit
-def tensor_forward_threads(table, where, q, m, comps, shared, begin, n_thread):  # type: ignore[no-untyped-def]
-    """Write m."""
-    for t in prange(n_thread):
-        first, last = part_of(begin, len(m), t, n_thread)
-        tensor_forward_range(table, where, q, m, comps, shared, begin, first, last)
-
-
-@_parallel_jit
-def tensor_backward_threads(table, where, q, g, comps, forces, sums, dq, begin):  # type: ignore[no-untyped-def]
-    """Add to forces[t], sums[t] and dq[t]."""
-    for t in prange(len(forces)):
-        first, last = part_of(begin, len(g), t, len(forces))
-        tensor_backward_range(
-            table, where, q, g, comps, forces[t], sums[t], (dq[t],), begin, first, last
-        )
-
-
-@_parallel_jit
-def tensor_backward_species_threads(table, where, q, g, comps, forces, sums, begin):  # type: ignore[no-untyped-def]
-    """Add to forces[t] and sums[t]."""
-    for t in prange(len(forces)):
-        first, last = part_of(begin, len(g), t, len(forces))
-        tensor_backward_range(table, where, q, g, comps, forces[t], sums[t], (), begin, first, last)

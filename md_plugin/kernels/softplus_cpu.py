@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from numba import prange
 
 from md_plugin.kernels.compiled import compiled
 from md_plugin.kernels.vector_ir import I64, Emitter, Value, microkernel
@@ -55,20 +54,11 @@ def _range(x, value, slope, first, last):  # type: ignore[no-untyped-def]
     _softplus((x, value, slope, first, last))
 
 
-@compiled(_FILES, parallel=True)
-def _threads(x, value, slope, n_thread):  # type: ignore[no-untyped-def]
-    size = (len(x) + n_thread - 1) // n_thread
-    for thread in prange(n_thread):
-        first = min(thread * size, len(x))
-        _softplus((x, value, slope, first, min(first + size, len(x))))
-
-
-def softplus(x: np.ndarray, n_thread: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def softplus(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """softplus(x) and its derivative, in the shape of x.
 
     Args:
         x: float32, C-contiguous.
-        n_thread: threads that share it.
 
     Raises:
         TypeError: not float32.
@@ -77,8 +67,5 @@ def softplus(x: np.ndarray, n_thread: int = 1) -> tuple[np.ndarray, np.ndarray]:
         raise TypeError(f"softplus takes float32, got {x.dtype}")
     flat = np.ascontiguousarray(x).reshape(-1)
     value, slope = np.empty_like(flat), np.empty_like(flat)
-    if n_thread == 1 or flat.size < 50_000:
-        _range(flat, value, slope, 0, flat.size)
-    else:
-        _threads(flat, value, slope, n_thread)
+    _range(flat, value, slope, 0, flat.size)
     return value.reshape(x.shape), slope.reshape(x.shape)

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from md_plugin.kernels import softplus_cpu
+from md_plugin.kernels import norms_cpu, softplus_cpu
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.model.interaction import InteractionLayer
 
@@ -161,4 +161,12 @@ def _norms(interaction: InteractionLayer, mixed: Tensor) -> tuple[Tensor, Pull]:
     """m (n, C, n_hidden) -> (n, n_hidden); see `md_plugin.model.interaction`."""
     if interaction.order == 0:
         return mixed[:, 0], lambda g: g[:, None]
-    return _differentiated(interaction.norms, mixed)
+    scales = [interaction.vector_scale, getattr(interaction, "quadrupole_scale", None)]
+    table = torch.stack([scale for scale in scales if scale is not None]).numpy()
+    m = mixed.numpy()
+    out, slopes = norms_cpu.norms(m, table, interaction.cusp)
+
+    def pull(g: Tensor) -> Tensor:
+        return torch.from_numpy(norms_cpu.norms_gradient(m, slopes, g.numpy()))
+
+    return torch.from_numpy(out), pull

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.kernels import fused_cpu
+from md_plugin.kernels.workers import share, span
 from md_plugin.model.radial import N_COMPONENTS
 
 # dE/denv of one block of atoms should stay in a core's second-level cache.
@@ -34,12 +35,12 @@ class Sums(Protocol):
     shape: tuple[int, int]
     block: int
 
-    def source(self, z: Tensor) -> Any:
+    def source(self, z: Tensor, n_thread: int) -> Any:
         """What the sums read of each sender, from its features (n_send, n_in)."""
         ...
 
-    def mixed(self, where: Any, source: Any, rows: slice, n_thread: int) -> Tensor:
-        """m (n_rows, C, n_hidden) of some receivers."""
+    def mix(self, where: Any, source: Any, start: int, m: Tensor) -> None:
+        """Writes m (n_rows, C, n_hidden), contiguous, of receivers from `start` on."""
         ...
 
     def sink(self, found: Any) -> Any:
@@ -71,9 +72,24 @@ def _sink(found: Any, width: int) -> Any:
     return sink
 
 
-def _total(sink: Any) -> Tensor:
-    messages = sink.messages
-    return torch.from_numpy(messages[0] if len(messages) == 1 else messages.sum(axis=0))
+def _total(sink: Any, weight: Tensor | None = None) -> Tensor:
+    """Sum of the messages (n_thread, n_send, n) of all threads, times `weight` where given."""
+    messages = torch.from_numpy(sink.messages)
+    n_thread, n_send, width = messages.shape
+    if n_thread == 1 and weight is None:
+        return messages[0]
+    total = messages.new_empty(n_send, width if weight is None else weight.shape[1])
+
+    def work(t: int) -> None:
+        rows = span(n_send, t, n_thread)
+        if weight is None:
+            torch.sum(messages[:, rows], 0, out=total[rows])
+        else:
+            mine = messages[0, rows] if n_thread == 1 else messages[:, rows].sum(dim=0)
+            torch.mm(mine, weight, out=total[rows])
+
+    share(work, n_thread)
+    return total
 
 
 class EnvironmentSums:
@@ -87,18 +103,16 @@ class EnvironmentSums:
         self.shape = (1, n_hidden)
         self.block = BLOCK_BYTES // (self.n_nu * self.n_in * self.weight.element_size())
 
-    def source(self, z: Tensor) -> Any:
+    def source(self, z: Tensor, n_thread: int) -> Any:
         """See `Sums`."""
         return None if self.is_first else z.numpy()
 
-    def mixed(self, where: Any, source: Any, rows: slice, n_thread: int) -> Tensor:
+    def mix(self, where: Any, source: Any, start: int, m: Tensor) -> None:
         """See `Sums`."""
-        n_rows = rows.stop - rows.start
         dtype = self.table.gaussian.dtype.type
-        env = fused_cpu.aligned_zeros((n_rows, self.n_nu, self.n_in), dtype)
-        fused_cpu.forward(where, self.table, source, env, rows.start, n_thread)
-        scalar: Tensor = torch.from_numpy(env).reshape(n_rows, -1) @ self.weight
-        return scalar[:, None]
+        env = fused_cpu.aligned_zeros((len(m), self.n_nu, self.n_in), dtype)
+        fused_cpu.forward(where, self.table, source, env, start)
+        torch.mm(torch.from_numpy(env).reshape(len(m), -1), self.weight, out=m[:, 0])
 
     def sink(self, found: Any) -> Any:
         """See `Sums`."""
@@ -125,18 +139,24 @@ class TensorSums:
         self.shape = (N_COMPONENTS[interaction.order], n_hidden)
         self.block = BLOCK_BYTES // (self.shape[0] * n_hidden * self.weight.element_size())
 
-    def source(self, z: Tensor) -> Any:
+    def source(self, z: Tensor, n_thread: int) -> Any:
         """See `Sums`."""
-        q = self.weight if self.is_first else z @ self.weight
+        q = self.weight
+        if not self.is_first:
+            q = z.new_empty(len(z), self.weight.shape[1])
+
+            def work(t: int) -> None:
+                rows = span(len(z), t, n_thread)
+                torch.mm(z[rows], self.weight, out=q[rows])
+
+            share(work, n_thread)
         return q.reshape(-1, self.n_nu, self.shape[1]).numpy()
 
-    def mixed(self, where: Any, source: Any, rows: slice, n_thread: int) -> Tensor:
+    def mix(self, where: Any, source: Any, start: int, m: Tensor) -> None:
         """See `Sums`."""
-        m = fused_cpu.aligned_zeros((rows.stop - rows.start, *self.shape), source.dtype.type)
         fused_cpu.tensor_forward(
-            where, self.table, source, m, rows.start, n_thread, by_species=self.is_first
+            where, self.table, source, m.numpy(), start, by_species=self.is_first
         )
-        return torch.from_numpy(m)
 
     def sink(self, found: Any) -> Any:
         """See `Sums`."""
@@ -150,4 +170,4 @@ class TensorSums:
 
     def sent(self, sink: Any) -> Tensor:
         """See `Sums`."""
-        return _total(sink) if self.is_first else _total(sink) @ self.weight.T
+        return _total(sink, None if self.is_first else self.weight.T)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from md_plugin.halo import Halo, NoHalo, check_filled
-from md_plugin.kernels import fused_cpu, fused_rows, fused_tensor_rows, numba_cpu
+from md_plugin.kernels import fused_cpu, fused_rows, fused_tensor_rows
+from md_plugin.kernels.workers import one_thread, share, span
 from md_plugin.model.atom_layers import AtomLayers
 from md_plugin.model.fused_sums import EnvironmentSums, Sums, TensorSums
 from md_plugin.model.hipnn import Hipnn
@@ -104,9 +105,12 @@ class FusedHipnn:
                 "fused inference gives forces that cannot be differentiated again; evaluate_pairs "
                 "with create_graph=True can"
             )
-        halo, pairs = halo or NoHalo(), geometry.pairs
-        where = self._where(species, geometry)
-        n_thread = max(1, min(numba_cpu.threads(), pairs.n_recv // ATOMS_PER_THREAD))
+        with one_thread() as available:
+            n_thread = max(1, min(available, geometry.pairs.n_recv // ATOMS_PER_THREAD))
+            return self._evaluate(species, geometry, halo or NoHalo(), n_thread)
+
+    def _evaluate(self, species: Tensor, geometry: Geometry, halo: Halo, n_thread: int) -> Fused:
+        pairs, where = geometry.pairs, self._where(species, geometry)
         energy = self.model.reference_energy(species[: pairs.n_recv])
         z: list[Tensor] = [self.model.encoder[species.long()]]
         energy += self.model.readouts[0](z[0][: pairs.n_recv])[:, 0].double()
@@ -156,8 +160,8 @@ def _announce_compilation(tensors: bool) -> None:
         )
 
 
-def _blocks(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(k, min(k + size, stop)) for k in range(start, stop, size)]
+def _blocks(rows: slice, size: int) -> list[slice]:
+    return [slice(k, min(k + size, rows.stop)) for k in range(rows.start, rows.stop, size)]
 
 
 class _Layer:
@@ -174,13 +178,17 @@ class _Layer:
         self, where: Any, z: Tensor, energy: Tensor, n_thread: int
     ) -> tuple[Tensor, Tensor]:
         """Adds the readout to `energy`; returns m (n_recv, C, n_hidden) and the new features."""
-        n_recv, source = len(energy), self.sums.source(z)
+        n_recv, source = len(energy), self.sums.source(z, n_thread)
         mixed = z.new_empty(n_recv, *self.sums.shape)
         out = z.new_empty(n_recv, self.width)
-        for rows in _blocks(0, n_recv, MAX_BLOCK):
-            self._mix(where, source, rows, mixed[rows], n_thread)
-            out[rows], e = self.atoms.forward(mixed[rows], z[rows])
-            energy[rows] += e.double()
+
+        def work(t: int) -> None:
+            for rows in _blocks(span(n_recv, t, n_thread), MAX_BLOCK):
+                self._mix(where, source, rows, mixed[rows])
+                out[rows], e = self.atoms.forward(mixed[rows], z[rows])
+                energy[rows] += e.double()
+
+        share(work, n_thread)
         return mixed, out
 
     def backward(
@@ -196,28 +204,34 @@ class _Layer:
 
         Where `mixed` is None this is the last layer, whose forward pass is made here as well.
         """
-        n_recv, source = len(energy), self.sums.source(z)
+        n_recv, n_thread = len(energy), len(found.forces)
+        source = self.sums.source(z, n_thread)
         along = z.new_zeros(n_recv, z.shape[1])
         sink = self.sums.sink(found)
-        for rows in _blocks(0, n_recv, MAX_BLOCK):
-            if mixed is None:
-                m = z.new_empty(rows.stop - rows.start, *self.sums.shape)
-                self._mix(where, source, rows, m, len(found.virials))
-            else:
-                m = mixed[rows]
-            wanted = None if gradient is None else gradient[rows]
-            g, dz, e = self.atoms.backward(m, z[rows], wanted)
-            if dz is not None:
-                along[rows] = dz
-            if mixed is None:
-                energy[rows] += e.double()
-            for part in _blocks(rows.start, rows.stop, self.block):
-                part_of_g = g[part.start - rows.start : part.stop - rows.start]
-                self.sums.gradient(where, source, part_of_g, sink, part.start)
+
+        def work(t: int) -> None:
+            mine = sink.part(t)
+            for rows in _blocks(span(n_recv, t, n_thread), MAX_BLOCK):
+                if mixed is None:
+                    m = z.new_empty(rows.stop - rows.start, *self.sums.shape)
+                    self._mix(where, source, rows, m)
+                else:
+                    m = mixed[rows]
+                wanted = None if gradient is None else gradient[rows]
+                g, dz, e = self.atoms.backward(m, z[rows], wanted)
+                if dz is not None:
+                    along[rows] = dz
+                if mixed is None:
+                    energy[rows] += e.double()
+                for part in _blocks(rows, self.block):
+                    part_of_g = g[part.start - rows.start : part.stop - rows.start]
+                    self.sums.gradient(where, source, part_of_g, mine, part.start)
+
+        share(work, n_thread)
         return along, self.sums.sent(sink)
 
-    def _mix(self, where: Any, source: Any, rows: slice, mixed: Tensor, n_thread: int) -> None:
+    def _mix(self, where: Any, source: Any, rows: slice, mixed: Tensor) -> None:
         """Writes m (n_rows, C, n_hidden) of some receivers."""
-        for part in _blocks(rows.start, rows.stop, self.block):
+        for part in _blocks(rows, self.block):
             place = slice(part.start - rows.start, part.stop - rows.start)
-            mixed[place] = self.sums.mixed(where, source, part, n_thread)
+            self.sums.mix(where, source, part.start, mixed[place])
