@@ -8,7 +8,7 @@ Molecules only: periodic directions and stress are refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class NanoDFTCalculator(Calculator):
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "dipole"]
-    default_parameters = asdict(Settings())
+    default_parameters = {field.name: field.default for field in fields(Settings)}
     discard_results_on_any_change = True
 
     def __init__(self, *, warm_start: bool = True, atoms: Atoms | None = None, **settings: Any):

@@ -39,6 +39,7 @@ from md_plugin.nanodft.scf import (
     ConvergenceError,
     Hamiltonian,
     State,
+    inverse_root,
     purify,
     solve,
 )
@@ -163,6 +164,8 @@ class Molecule:
         not depend on the history.
         """
         geometry = check_positions(positions, len(self.numbers))
+        if dm0 is not None:
+            dm0 = check_density(dm0, self.basis.n_ao).to(self.device)
         x = torch.as_tensor(geometry / Bohr, device=self.device)
         problem = self.hamiltonian(x)
         state = self._solve(problem, dm0)
@@ -185,6 +188,8 @@ class Molecule:
     def hamiltonian(self, x: Tensor) -> Hamiltonian:
         """Integrals and grid at positions x (n_atom, 3) in bohr; what depends on no density."""
         settings, basis, functional = self.settings, self.basis, self.functional
+        overlap = integrals.overlap(basis, x)
+        root = inverse_root(overlap)  # before the long integrals: it may refuse the geometry
         eri = integrals.eri(basis, x, backend=self.backend, max_memory_mb=settings.max_memory_mb)
         xc = None
         if self._grid is not None:
@@ -192,7 +197,8 @@ class Molecule:
             left = max(left, _MIN_GRID_BYTES)
             xc = GridIntegrals(functional, self._orbitals, self._grid, x, left)
         return Hamiltonian(
-            overlap=integrals.overlap(basis, x),
+            overlap=overlap,
+            root=root,
             kinetic=integrals.kinetic(basis, x),
             nuclear=integrals.nuclear(basis, x, self._charges),
             eri=eri,
@@ -201,13 +207,12 @@ class Molecule:
             xc=xc,
         )
 
-    def _solve(self, problem: Hamiltonian, dm0: Any) -> State:
+    def _solve(self, problem: Hamiltonian, dm0: Tensor | None) -> State:
         settings = self.settings
         stop = Convergence(settings.conv_tol, settings.conv_tol_grad, settings.max_cycle)
         if dm0 is not None:
-            dm = check_density(dm0, self.basis.n_ao).to(self.device)
             try:
-                return solve(problem, purify(dm, problem.overlap, self.n_pair), self.n_pair, stop)
+                return solve(problem, purify(dm0, problem, self.n_pair), self.n_pair, stop)
             except ConvergenceError:
                 pass
         if self._atoms is None:

@@ -41,8 +41,10 @@ def superposition_of_atoms(basis: Basis) -> Tensor:
 def _atomic_density(number: int, name: str) -> Tensor:
     basis = Basis.build([number], name)
     x = torch.zeros(1, 3, dtype=torch.float64)
+    overlap = integrals.overlap(basis, x)
     atom = Hamiltonian(
-        overlap=integrals.overlap(basis, x),
+        overlap=overlap,
+        root=inverse_root(overlap),
         kinetic=integrals.kinetic(basis, x),
         nuclear=integrals.nuclear(basis, x, torch.tensor([float(number)], dtype=torch.float64)),
         eri=integrals.eri(basis, x, backend="torch", max_memory_mb=64),
@@ -51,14 +53,13 @@ def _atomic_density(number: int, name: str) -> Tensor:
         xc=None,
     )
     blocks = _blocks(basis)
-    root = inverse_root(atom.overlap)
-    dm, diis = _occupy(number, atom.kinetic + atom.nuclear, root, blocks), Diis()
+    dm, diis = _occupy(number, atom.kinetic + atom.nuclear, atom.root, blocks), Diis()
     for _ in range(_CYCLES):
         fock, _ = atom.fock(dm)
-        error = commutator(fock, dm, atom.overlap, root)
+        error = commutator(fock, dm, atom.overlap, atom.root)
         if float(error.abs().max()) < _TOLERANCE:
             break
-        dm = _occupy(number, diis.extrapolate(fock, error), root, blocks)
+        dm = _occupy(number, diis.extrapolate(fock, error), atom.root, blocks)
     return dm
 
 

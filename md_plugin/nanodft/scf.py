@@ -34,6 +34,7 @@ class Hamiltonian:
 
     Attributes:
         overlap: (n_ao, n_ao) S.
+        root: (n_ao, n_ao) S^(-1/2).
         kinetic: (n_ao, n_ao) Ha.
         nuclear: (n_ao, n_ao) attraction by the nuclei, Ha.
         eri: (n_ao,) * 4 integrals (ij|kl), Ha.
@@ -43,6 +44,7 @@ class Hamiltonian:
     """
 
     overlap: Tensor
+    root: Tensor
     kinetic: Tensor
     nuclear: Tensor
     eri: Tensor
@@ -128,10 +130,10 @@ def solve(problem: Hamiltonian, dm: Tensor, n_occ: int, stop: Convergence) -> St
     """The self-consistent density, starting from dm (n_ao, n_ao).
 
     Raises:
-        UnsupportedSystem: the basis functions are linearly dependent, or too few.
+        UnsupportedSystem: there are too few basis functions for the electrons.
         ConvergenceError: not converged within stop.max_cycle.
     """
-    x = inverse_root(problem.overlap)
+    x = problem.root
     if n_occ > len(x):
         raise UnsupportedSystem(f"{n_occ} electron pairs do not fit into {len(x)} basis functions")
     diis, last, residual = Diis(), math.inf, math.inf
@@ -219,15 +221,14 @@ def inverse_root(overlap: Tensor) -> Tensor:
     return root
 
 
-def purify(dm: Tensor, overlap: Tensor, n_occ: int) -> Tensor:
-    """Density of the n_occ natural orbitals of dm that are most occupied in this overlap.
+def purify(dm: Tensor, problem: Hamiltonian, n_occ: int) -> Tensor:
+    """Density of the n_occ natural orbitals of dm that are most occupied in this geometry.
 
-    Makes a density of another geometry fit for this one: idempotent, with the right trace.
+    Makes the density of another one fit for it: idempotent, with the right trace.
     """
-    x = inverse_root(overlap)
-    root = overlap @ x
+    root = problem.overlap @ problem.root  # S^(1/2)
     _, c = torch.linalg.eigh(root @ dm @ root)
-    c = x @ c[:, len(dm) - n_occ :]
+    c = problem.root @ c[:, len(dm) - n_occ :]
     pure: Tensor = 2 * c @ c.T
     return pure
 
