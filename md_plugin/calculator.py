@@ -23,6 +23,8 @@ from md_plugin.evaluation import Evaluation
 from md_plugin.neighbours import NeighbourList
 from md_plugin.potential import Potential
 
+PER_ATOM = frozenset({"energies", "forces", "stresses", "energies_std", "forces_std"})
+
 
 class HipnnCalculator(Calculator):
     """ASE calculator for HIP-NN potentials.
@@ -67,7 +69,7 @@ class HipnnCalculator(Calculator):
         if not skin >= 0:
             raise ValueError(f"skin must not be negative, got {skin} Å")
         self.potential = load_model(model, device=device, dtype=dtype, backend=backend)
-        self.neighbours = NeighbourList(self.potential.rcut, skin)
+        self.neighbours = NeighbourList(self.potential.rcut, skin, ordered=True)
         self._species = np.zeros(0, dtype=np.int64)
 
     def calculate(
@@ -106,6 +108,7 @@ class HipnnCalculator(Calculator):
             virials = 0.5 * (virials + virials.transpose(1, 2))
             stresses = -virials.cpu().numpy() / atoms.cell.volume
             self.results["stresses"] = full_3x3_to_voigt_6_stress(stresses)
+        self._put_in_place()
 
     def _evaluate(self, atoms: Atoms, properties: Sequence[str]) -> Evaluation:
         potential = self.potential
@@ -114,14 +117,26 @@ class HipnnCalculator(Calculator):
             self._species = atoms.numbers.copy()
         positions = np.ascontiguousarray(atoms.positions, dtype=np.float64)
         self.neighbours.update(positions, atoms.cell[:], atoms.pbc)
+        order = self.neighbours.order
+        species = self._species if order is None else self._species[order]
         result = potential.evaluate_geometry(
-            torch.as_tensor(self._species, device=potential.device),
+            torch.as_tensor(species, device=potential.device),
             self.neighbours.geometry(positions, atoms.cell[:]),
             forces=bool({"forces", "stress", "stresses"} & set(properties)),
             per_pair="stresses" in properties,
         )
-        _check_finite(result)
+        _check_finite(result, order)
         return result
+
+    def _put_in_place(self) -> None:
+        """What belongs to atoms: from the order of the neighbour list to that of `atoms`."""
+        order = self.neighbours.order
+        if order is None:
+            return
+        for name in PER_ATOM & self.results.keys():
+            found = self.results[name]
+            self.results[name] = np.empty_like(found)
+            self.results[name][order] = found
 
     def __repr__(self) -> str:
         return f"HipnnCalculator({self.potential!r}, skin={self.neighbours.skin})"
@@ -137,7 +152,7 @@ def _spread(result: Evaluation) -> dict[str, np.ndarray]:
     return spread
 
 
-def _check_finite(result: Evaluation) -> None:
+def _check_finite(result: Evaluation, order: np.ndarray | None) -> None:
     """Raise ValueError where energy or forces are not finite, saying why."""
     forces = result.forces
     if bool(result.energy.isfinite()) and (forces is None or bool(forces.isfinite().all())):
@@ -146,6 +161,8 @@ def _check_finite(result: Evaluation) -> None:
     if len(touching):
         p = int(touching[0])
         i, j = int(result.pairs.receiver[p]), int(result.pairs.sender[p])
+        if order is not None:
+            i, j = int(order[i]), int(order[j])
         raise ValueError(f"atoms {i} and {j} are at the same place: forces are not defined there")
     raise ValueError(
         "energy or forces are not finite although the positions are: the network overflows for "

@@ -25,9 +25,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from md_plugin.ordering import space_filling_order
 from md_plugin.pairs import Geometry, Pairs, pair_vectors
 
 FloatArray = NDArray[np.float64]
+MANY_ATOMS = 4096  # fewer have their features in the second-level cache, in any order
 
 
 def neighbour_pairs(
@@ -111,12 +113,17 @@ class NeighbourList:
     Attributes:
         rcut: cutoff of the potential, Å.
         skin: extra distance stored, Å; 0 rebuilds at every change.
+        ordered: whether many atoms are renumbered along a space-filling curve at each build.
         n_builds: how often the list was built.
+        order: (n,) which atom is the first of `pairs` and `geometry`, the second, ...; None where
+            they are numbered as they were given.
     """
 
     rcut: float
     skin: float = 0.5
+    ordered: bool = False
     n_builds: int = 0
+    order: NDArray[np.int64] | None = field(default=None, init=False, repr=False)
     pairs: Pairs = field(init=False)
     _image: Tensor = field(init=False, repr=False)  # (n_pair,) int16, row of _images
     _images: Tensor = field(init=False, repr=False)  # (n, 3) float64
@@ -132,9 +139,14 @@ class NeighbourList:
         check_finite(positions, "positions")
         if self._is_complete(positions, h, periodic):
             return False
-        self.pairs, image = neighbour_pairs(positions, h, periodic, self.rcut + self.skin)
         # Atoms that have left the cell are taken back, so that there are few images.
-        self._wraps = -torch.from_numpy(np.floor(np.linalg.solve(h.T, positions.T).T) * periodic)
+        wraps = -np.floor(np.linalg.solve(h.T, positions.T).T) * periodic
+        self.order, x = None, positions
+        if self.ordered and len(positions) >= MANY_ATOMS:
+            self.order = space_filling_order(positions + wraps @ h, 0.5 * self.rcut)
+            wraps, x = wraps[self.order], positions[self.order]
+        self._wraps = torch.from_numpy(wraps)
+        self.pairs, image = neighbour_pairs(x, h, periodic, self.rcut + self.skin)
         image += self._wraps[self.pairs.receiver] - self._wraps[self.pairs.sender_long]
         self._images, self._image = _table(image)
         self._x0, self._h0, self._pbc = positions.copy(), h, periodic
@@ -144,8 +156,11 @@ class NeighbourList:
     def geometry(self, positions: FloatArray, cell: ArrayLike) -> Geometry:
         """The pairs at these positions, which `update` has seen."""
         h = torch.from_numpy(complete_cell(cell, self._pbc))
-        x = torch.from_numpy(np.ascontiguousarray(positions, dtype=np.float64)) + self._wraps @ h
-        return Geometry(x, self.pairs, self._image, self._images @ h)
+        x = np.ascontiguousarray(positions, dtype=np.float64)
+        if self.order is not None:
+            x = x[self.order]
+        at_home = torch.from_numpy(x) + self._wraps @ h
+        return Geometry(at_home, self.pairs, self._image, self._images @ h)
 
     @property
     def image(self) -> Tensor:

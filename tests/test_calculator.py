@@ -30,7 +30,7 @@ from model_helpers import (
 )
 from physics_suite import close
 
-from md_plugin import HipnnCalculator, save_model
+from md_plugin import HipnnCalculator, neighbours, save_model
 from md_plugin.checkpoint import CheckpointError, bundled_models
 from md_plugin.kernels import BackendError
 
@@ -537,3 +537,40 @@ def test_made_from_path_and_repr(tmp_path):
     assert "dtype='float64'" in text and "backend='torch'" in text
     atoms = to_atoms(crystal())
     close(made.get_forces(atoms), calculator().get_forces(atoms), atol=1e-12)
+
+
+# --- many atoms -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pbc", [True, (True, False, True)])
+def test_many_atoms_are_renumbered_inside_and_nobody_sees_it(monkeypatch, pbc):
+    atoms = atoms_of(crystal())
+    atoms = (atoms * (3, 2, 2))[np.random.default_rng(0).permutation(12 * len(atoms))]
+    atoms.rattle(0.05, seed=1)
+    atoms.pbc = pbc
+    members = [make_potential(seed=seed) for seed in (0, 1)]
+    names = ["energies", "forces"] + (["stress", "stresses"] if pbc is True else [])
+    found = []
+    for many in (10**6, 1):
+        monkeypatch.setattr(neighbours, "MANY_ATOMS", many)
+        calc = HipnnCalculator(members, skin=0.3)
+        moved = atoms.copy()
+        for _ in range(3):  # the list is reused, then built again
+            calc.calculate(moved, names)
+            moved.positions += 0.1 * np.sin(np.arange(3 * len(atoms))).reshape(-1, 3)
+        found.append(calc.results)
+        assert (calc.neighbours.order is None) == (many > 1)
+        assert calc.neighbours.n_builds == 2
+    assert found[0].keys() == found[1].keys() >= {*names, "forces_std", "energies_std"}
+    for name, expected in found[0].items():
+        close(found[1][name], expected, atol=1e-11)
+
+
+@pytest.mark.parametrize("many", [1, 100])
+def test_atoms_at_the_same_place_have_the_callers_numbers(monkeypatch, many):
+    monkeypatch.setattr(neighbours, "MANY_ATOMS", many)
+    atoms = (atoms_of(crystal()) * (2, 1, 1))[::-1]
+    atoms.positions[5] = atoms.positions[1]
+    atoms.calc = calculator()
+    with pytest.raises(ValueError, match=r"atoms (1 and 5|5 and 1) are at the same place"):
+        atoms.get_forces()

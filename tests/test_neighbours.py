@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from md_plugin.neighbours import Batch, NeighbourList, Structure, complete_cell, neighbour_pairs
+from md_plugin.ordering import space_filling_order
 
 PBC = list(product((False, True), repeat=3))
 
@@ -313,3 +314,41 @@ def test_batch_errors():
     wrong = Structure(np.array([6, 6]), np.zeros((3, 3)))
     with pytest.raises(ValueError, match="2 species but 3 positions"):
         Batch.from_structures([wrong], rcut=3.0)
+
+
+# --- order in space ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1000])
+def test_space_filling_order_is_a_permutation(n):
+    x = np.random.default_rng(0).normal(size=(n, 3))
+    assert sorted(space_filling_order(x, 0.3)) == list(range(n))
+
+
+def test_space_filling_order_follows_the_interleaved_bits():
+    """Corners of a cube in the order of Morton's curve: x changes fastest; ties stay in order."""
+    corners = np.array([[x, y, z] for z in (0, 1) for y in (0, 1) for x in (0, 1)], dtype=float)
+    shuffled = np.random.default_rng(1).permutation(8)
+    assert shuffled[space_filling_order(corners[shuffled], 1.0)].tolist() == list(range(8))
+    assert space_filling_order(np.zeros((5, 3)), 1.0).tolist() == list(range(5))
+
+
+def test_space_filling_order_bridges_the_highest_bits():
+    """Neighbours along x at cells 2^19 - 1 and 2^19 of 2^20: all bits of the index count."""
+    x = np.zeros((3, 3))
+    x[:, 0] = [2**20 - 1, 2**19, 2**19 - 1]
+    assert space_filling_order(np.vstack([x, np.zeros((1, 3))]), 1.0).tolist() == [3, 2, 1, 0]
+
+
+def test_ordered_neighbours_are_near_in_memory():
+    x = np.random.default_rng(0).uniform(0, 20.0, (8000, 3))
+    cell, reach = 20.0 * np.eye(3), {}
+    for ordered in (False, True):
+        neighbours = NeighbourList(rcut=1.5, skin=0.0, ordered=ordered)
+        neighbours.update(x, cell, True)
+        pairs = neighbours.pairs
+        reach[ordered] = float((pairs.receiver - pairs.sender_long).abs().double().median())
+        r = neighbours.r_ij(x, cell).norm(dim=1)
+        assert bool((r < 1.5).all())
+    assert neighbours.order is not None
+    assert reach[True] < 0.15 * reach[False]
