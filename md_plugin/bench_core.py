@@ -1,16 +1,12 @@
-"""What every case of the bench is made of, and the one loop that checks and times.
+"""What every case of the bench is made of.
 
+    Options     what the user asked for, of one process
     Provider    one implementation: how to check it, how to time it once
     Contest     providers that do the same work on the same input
-    run         Contest -> Rows: all checks first, then rounds A B C, C A B, ...
+    Row         one provider in one contest: what was found
 
-A provider whose error against float64 exceeds its tolerance, or is not a number, is reported and
-not timed. Before each check memory that was just freed is full of NaN (`poison`), so that output
-which is allocated but not written shows. The first of our providers is timed twice, as a provider
-of its own, "(again)": what differs between the two is noise.
-
-Seconds are those of the process on one thread, and of the wall clock on several. Speed is a ratio
-of medians within one contest: of the reference peer to the provider.
+`bench_contest` makes rows of contests. Errors are relative to float64; `poison` fills memory with
+NaN, so that output which is allocated but not written shows.
 """
 
 from __future__ import annotations
@@ -23,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +29,7 @@ FLOAT32 = 2e-5  # relative: a few hundred roundings of 6e-8 each, in several lay
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for.
+    """What the user asked for, of one process.
 
     Attributes:
         atoms: wanted number of atoms in the cases that have one size.
@@ -42,7 +37,7 @@ class Options:
         threads: of torch and numba.
         quick: tiny sizes: does everything work?
         seed: of all inputs.
-        kept: whether this process keeps freed memory (`md_plugin.memory`), as `lmp` does too.
+        kept: whether processes of the cases keep freed memory (`md_plugin.memory`), as `lmp` does.
     """
 
     atoms: int = 2000
@@ -68,7 +63,7 @@ class Provider:
         call: the work; what it returns is thrown away, or is the seconds where `own_clock`.
         error: largest deviation from float64, relative to the largest value; it returns None for
             a potential of somebody else, which is there for scale and only has to run.
-        before: not timed, before each call: new inputs.
+        before: not timed, before each call: new inputs; None where inputs are reused.
         tolerance: largest allowed error.
         own_clock: `call` returns its own seconds (of another process).
         absent: why it cannot run; "" where it can.
@@ -78,7 +73,7 @@ class Provider:
     side: str
     call: Callable[[], Any] = lambda: None
     error: Callable[[], float | None] | None = None
-    before: Callable[[], Any] = lambda: None
+    before: Callable[[], Any] | None = None
     tolerance: float = FLOAT32
     own_clock: bool = False
     absent: str = ""
@@ -95,6 +90,7 @@ class Contest:
         atoms: for seconds per atom; 0 where that says nothing.
         flop: dense floating point operations; 0 where they are not counted.
         notes: shapes and the like, for the JSON file.
+        counted: whether operators, allocations and kernel calls are counted (`bench_counts`).
     """
 
     what: str
@@ -103,6 +99,7 @@ class Contest:
     atoms: int = 0
     flop: float = 0.0
     notes: Mapping[str, Any] = field(default_factory=dict)
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,9 @@ class Row:
         ratio: how many times faster than the peer of the contest; None without a peer.
         us_per_atom: seconds per atom, 1e-6 s.
         gflops: dense operations per second, 1e9/s.
-        notes: of the contest.
+        bytes_per_atom: of memory, held at most during a call: a slope between N and 2 N atoms.
+        threads: of the process.
+        notes: of the contest, and what was counted.
     """
 
     case: str
@@ -135,89 +134,9 @@ class Row:
     ratio: float | None = None
     us_per_atom: float | None = None
     gflops: float | None = None
+    bytes_per_atom: float | None = None
+    threads: int = 1
     notes: Mapping[str, Any] = field(default_factory=dict)
-
-
-def run(case: str, contest: Contest, options: Options) -> list[Row]:
-    """Check every provider, then time those that are right, in interleaved rounds."""
-    rows, fit = [], []
-    for provider in contest.providers:
-        status, error = _checked(provider)
-        rows.append(Row(case, contest.what, provider.name, provider.side, status, error))
-        if status == "ok":
-            fit.append(provider)
-    ours = next((p for p in fit if p.side == OURS), None)
-    if ours is not None:
-        fit.append(replace(ours, name=f"{ours.name} (again)"))
-        first = next(row for row in rows if row.provider == ours.name)
-        rows.append(replace(first, provider=fit[-1].name))
-    try:
-        times = interleave(fit, options)
-    except Exception as problem:  # as above; which one it was stands in the message at best
-        return [replace(r, status=_failure(problem)) if r.status == "ok" else r for r in rows]
-    return _finished(rows, times, contest)
-
-
-def _checked(provider: Provider) -> tuple[str, float | None]:
-    if provider.absent:
-        return provider.absent, None
-    if provider.error is None:
-        return "ok", None
-    poison()
-    # Whatever goes wrong in somebody's code is a result of this provider, not the end of the bench.
-    try:
-        error = provider.error()
-    except Exception as problem:
-        return _failure(problem), None
-    if error is None:
-        return "ok", None
-    if not error <= provider.tolerance:
-        return f"wrong: error {error:.1e}, allowed {provider.tolerance:.0e}", error
-    return "ok", error
-
-
-def _failure(problem: Exception) -> str:
-    words = " ".join(str(problem).split())
-    return f"failed: {type(problem).__name__}: {words[:300]}"
-
-
-def interleave(providers: list[Provider], options: Options) -> dict[str, list[float]]:
-    """Seconds of each provider, round by round, after one warm-up of each.
-
-    Each round has an order of its own: who comes after whom decides on what is left in the caches.
-    """
-    times: dict[str, list[float]] = {provider.name: [] for provider in providers}
-    rng = np.random.default_rng(options.seed)
-    for round_ in range(options.rounds + 1):
-        for k in rng.permutation(len(providers)):
-            provider = providers[k]
-            provider.before()
-            start = options.clock()
-            result = provider.call()
-            seconds = float(result) if provider.own_clock else options.clock() - start
-            if round_ > 0:
-                times[provider.name].append(seconds)
-    return times
-
-
-def _finished(rows: list[Row], times: dict[str, list[float]], contest: Contest) -> list[Row]:
-    medians = {name: float(np.median(found)) for name, found in times.items()}
-    peer = medians.get(contest.peer or "")
-    done = []
-    for row in rows:
-        row = replace(row, notes=contest.notes)
-        seconds = medians.get(row.provider)
-        if seconds is not None:
-            low, high = np.quantile(times[row.provider], [0.2, 0.8]).tolist()
-            row = replace(row, seconds=seconds, low=low, high=high)
-            if peer is not None and seconds > 0:
-                row = replace(row, ratio=peer / seconds)
-            if contest.atoms:
-                row = replace(row, us_per_atom=1e6 * seconds / contest.atoms)
-            if contest.flop and seconds > 0:
-                row = replace(row, gflops=1e-9 * contest.flop / seconds)
-        done.append(row)
-    return done
 
 
 def poison(megabytes: int = 64) -> None:

@@ -107,13 +107,14 @@ def _sum_contest(
             small.renew()
             return worst(*(small.error(name, getattr(kernels(), name)) for name in names))
 
-        return Provider(label, side, call, error, timed.renew if fresh else lambda: None)
+        return Provider(label, side, call, error, timed.renew if fresh else None)
 
     providers = [
         provider("ours, numba", OURS, lambda: get_backend("numba").kernels),
         provider("ours, torch reference", OURS, lambda: reference),
         provider("hippynn, numba", HIPPYNN, lambda: _Peer("numba")),
         provider("hippynn, torch", HIPPYNN, lambda: _Peer("_legacy")),
+        Provider("hippynn, triton", HIPPYNN, absent="absent: needs a CUDA device"),
     ]
     what = f"{names[0] if len(names) == 1 else 'all three'}, list {'new' if fresh else 'reused'}"
     flop = 2.0 * len(names) * timed.pairs.n_pair * N_NU * N_FEAT

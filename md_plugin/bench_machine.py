@@ -8,6 +8,7 @@ copy    read and write of arrays larger than the caches, GB/s
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -105,7 +106,7 @@ def _best(call: Any, options: Options) -> float:
     return max(min(seconds), 1e-9)
 
 
-def certificate(options: Options, cases: list[str]) -> dict[str, Any]:
+def certificate(options: Options, cases: list[str], threads: list[int]) -> dict[str, Any]:
     """Where, when and with what the rows were made."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -115,15 +116,16 @@ def certificate(options: Options, cases: list[str]) -> dict[str, Any]:
         "versions": {name: _version(name) for name in (*PACKAGES, "md-plugin")},
         "commit": commit(),
         "dtype": "float32",
-        "threads": options.threads,
+        "threads": threads,
         "rounds": options.rounds,
         "atoms": options.atoms,
         "quick": options.quick,
         "seed": options.seed,
         "freed memory is kept": options.kept,
         "cases": cases,
-        "clock": "process time" if options.threads == 1 else "wall time",
-        "protocol": "checked against float64 first, interleaved rounds, medians, 20/80 % quantiles",
+        "clock": "process time on one thread, wall time on several",
+        "protocol": "a process for each case; checked against float64 first; interleaved rounds, "
+        "an untimed call before the timed ones of each turn; medians, 20/80 % quantiles",
     }
 
 
@@ -141,6 +143,12 @@ def cpu() -> dict[str, Any]:
         "cache": pairs.get("cache size"),
         "flags": [flag for flag in FLAGS if flag in flags],
     }
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def commit() -> str | None:

@@ -101,7 +101,8 @@ def model_contest(
     ]
     c = net.config
     notes = timed.notes() | {"config": {k: v for k, v in vars(c).items() if k != "species"}}
-    return Contest(what, present(providers), PEER, len(timed.atoms), notes=notes)
+    n = len(timed.atoms)
+    return Contest(what, present(providers), PEER, n, notes=notes, counted=True)
 
 
 def fused(potential: Potential, problem: Problem) -> Results:

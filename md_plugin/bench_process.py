@@ -1,0 +1,95 @@
+"""A process for each case of the bench and each number of threads.
+
+What ran before in a process may slow down what runs next: compiled functions are dispatched in
+another way, the heap is in another state, threads wait for work. So nothing has run before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from md_plugin.bench_core import Options
+
+PATIENCE = 15.0  # s, for a process that was interrupted: it ends its LAMMPS, which may take 5 s
+
+
+class CaseError(RuntimeError):
+    """The process of a case failed; with what it said."""
+
+
+def environment(threads: int) -> dict[str, str]:
+    """That of a process with so many threads of torch and numba; both read it when they start."""
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    return {**os.environ, **counts}
+
+
+def run_case(case: str, options: Options, heard: Callable[[dict[str, Any]], None]) -> None:
+    """Run one case in a new process to its end.
+
+    Args:
+        case: name of a case, or `bench_cases.CEILINGS`.
+        options: of the process.
+        heard: is given each message as it comes; see `bench_cases`.
+
+    Raises:
+        CaseError: the process failed; its standard error was shown as it came.
+    """
+    task = json.dumps({"case": case, "options": asdict(options)})
+    failure = ""
+    with started([sys.executable, "-m", "md_plugin.bench_cases", task], options) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            message = json.loads(line)
+            failure = message.get("failed", failure)
+            heard(message)
+        code = process.wait()
+    if code != 0:
+        raise CaseError(f"case {case}, threads {options.threads}: {failure or verdict(code)}")
+
+
+@contextmanager
+def started(command: list[str], options: Options) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own, so that an interrupt reaches it once, from here."""
+    process = subprocess.Popen(
+        command,
+        env=environment(options.threads),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End it where it still runs, by an interrupt first, so that it can end its own processes."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def verdict(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    memory = ", which the system sends where memory is full" if name == "SIGKILL" else ""
+    return f"ended by {name}{memory}"
