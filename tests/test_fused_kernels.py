@@ -144,7 +144,7 @@ def test_layer(dtype, n_nu, n_feat, shifted):
     mu, sigma = radial_parameters(n_nu, rcut)
     exact = reference(where, receiver, mu, sigma, rcut, z, ge)
     for reach in (None, np.inf):
-        table = RadialTable.build(mu, sigma, rcut, dtype, reach)
+        table = RadialTable.build(mu, sigma, rcut, dtype, reach=reach)
         for n_block, n_thread in ((31, 1), (10, 2)):
             check(run(where, table, z, ge, n_block, n_thread), exact, dtype)
 

@@ -45,6 +45,10 @@ NETWORKS = {
     "plain": {"residual": False, "activation": "Tanh", "n_atom_layers": 2},
     "quadrupole, plain": {"order": 2, "residual": False, "n_atom_layers": 0},
     "no atom layers": {"n_atom_layers": 0, "n_nu": 1, "n_feat": 1},
+    "mixed Gaussians": {"n_gaussians": 9, "n_interactions": 2},
+    "mixed Gaussians, vector": {"n_gaussians": 23, "order": 1, "n_interactions": 2},
+    "pairs end early": {"pair_cutoff": 2.57, "n_interactions": 2},
+    "pairs end early, quadrupole": {"pair_cutoff": 2.9, "order": 2, "n_interactions": 2},
     "many": {"n_nu": 21, "n_feat": 33, "order": 2},
 }
 
@@ -183,8 +187,6 @@ def test_softplus_and_its_slope():
     [
         (lambda: make_potential(backend="torch"), "the backend is 'torch', and only 'numba'"),
         (lambda: make_potential(order=2, n_max=3), "no fused layers for a HIP-HOP-NN"),
-        (lambda: make_potential(n_gaussians=8), "sensitivities are mixed from Gaussians"),
-        (lambda: make_potential(pair_cutoff=2.0), "pairs end before the cutoff function vanishes"),
     ],
 )
 def test_others_go_over_pairs(make, reason):

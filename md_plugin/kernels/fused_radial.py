@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-N_BIN = 32  # of r^2, from 0 to rcut^2
+N_BIN = 32  # of r^2, from 0 to where pairs end
 NU_BLOCK = 4  # sensitivities in one register tile of the forward pass
 
 # By size in bytes: a Gaussian below exp(-reach^2 / 2) of its top does not count.
@@ -44,20 +44,26 @@ class RadialTable:
         sigma: np.ndarray,
         rcut: float,
         dtype: type = np.float32,
+        *,
+        end: float | None = None,
         reach: float | None = None,
     ) -> RadialTable:
-        """Tables for centres mu and inverse widths sigma (n_nu,); reach=inf touches everything."""
+        """Tables for centres mu and inverse widths sigma (n_nu,).
+
+        Pairs end at `end`, at most rcut, which it is where None. reach=inf touches everything.
+        """
+        end = rcut if end is None else end
         mu, sigma = np.asarray(mu, np.float64), np.abs(np.asarray(sigma, np.float64))
         n_nu = len(mu)
         scale = sigma * _EXP2_SCALE
         padded = -(-n_nu // NU_BLOCK) * NU_BLOCK
         gaussian: np.ndarray = np.zeros((3, padded), dtype)
         gaussian[:, :n_nu] = scale, scale / mu, sigma / _EXP2_SCALE
-        per_bin = N_BIN / rcut**2
+        per_bin = N_BIN / end**2
         constants: np.ndarray = np.array([1 / rcut, math.pi / rcut, per_bin, 2 * rcut], dtype)
         reach = REACH[np.dtype(dtype).itemsize] if reach is None else reach
         half_width = reach / np.maximum(sigma, 1e-300)
-        touches = _touching(1.0 / mu - half_width, 1.0 / mu + half_width, rcut)
+        touches = _touching(1.0 / mu - half_width, 1.0 / mu + half_width, end)
         window = np.concatenate([_hull(touches), [[0], [0]]], axis=1).astype(np.int32)
         window[0, window[1] == 0] = n_nu
         nu = np.arange(n_nu)
@@ -76,10 +82,10 @@ class RadialTable:
         return self.gaussian, self.constants, self.window, self.reach, self.block_reach
 
 
-def _touching(low: np.ndarray, high: np.ndarray, rcut: float) -> np.ndarray:
+def _touching(low: np.ndarray, high: np.ndarray, end: float) -> np.ndarray:
     """(N_BIN, n_nu): which intervals low .. high of 1/r meet each bin of r^2."""
-    edges = np.arange(N_BIN + 1) * rcut**2 / N_BIN
-    margin = 1e-5 * rcut**2
+    edges = np.arange(N_BIN + 1) * end**2 / N_BIN
+    margin = 1e-5 * end**2
     far = 1.0 / np.sqrt(edges[1:] + margin)
     with np.errstate(divide="ignore"):
         near = 1.0 / np.sqrt(np.maximum(edges[:-1] - margin, 0.0))

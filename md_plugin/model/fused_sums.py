@@ -5,7 +5,8 @@
 Two orders of the same product. Scalar layers sum first: env[i, nu, a] = sum_p s z, then V. Tensor
 layers multiply first: q[j, nu, b] = sum_a z[j, a] V[nu, a, b] once per atom, then sum t_c s q, so
 that the matrix product is not made for each of the 4 or 9 components. In the first layer z is
-one-hot: env counts species, and q has one row per species.
+one-hot: env counts species, and q has one row per species. Where s_nu are mixed from Gaussians G_k,
+s_nu = sum_k G_k M[k, nu], the sums are over G_k, with M V in the place of V.
 """
 
 from __future__ import annotations
@@ -60,7 +61,16 @@ def _table(interaction: Any) -> fused_cpu.RadialTable:
     sensitivity = interaction.sensitivity
     dtype = np.float32 if sensitivity.mu.dtype == torch.float32 else np.float64
     mu, sigma = (p.detach().double().numpy() for p in (sensitivity.mu, sensitivity.sigma))
-    return fused_cpu.RadialTable.build(mu, sigma, sensitivity.rcut, dtype)
+    return fused_cpu.RadialTable.build(mu, sigma, sensitivity.rcut, dtype, end=sensitivity.end)
+
+
+def _weight(interaction: Any) -> Tensor:
+    """V (n, n_in, n_hidden), of Gaussians also where sensitivities are mixed from them."""
+    weight: Tensor = interaction.weight.detach()
+    matching = interaction.sensitivity.matching
+    if matching is None:
+        return weight
+    return torch.einsum("kn,nab->kab", matching.detach().double(), weight.double()).to(weight)
 
 
 def _sink(found: Any, width: int) -> Any:
@@ -97,8 +107,9 @@ class EnvironmentSums:
 
     def __init__(self, interaction: Any, is_first: bool):
         self.is_first, self.table = is_first, _table(interaction)
-        self.n_nu, self.n_in, n_hidden = interaction.weight.shape
-        self.weight = interaction.weight.detach().reshape(-1, n_hidden).contiguous()
+        weight = _weight(interaction)
+        self.n_nu, self.n_in, n_hidden = weight.shape
+        self.weight = weight.reshape(-1, n_hidden).contiguous()
         self.transposed = self.weight.T.contiguous()
         self.shape = (1, n_hidden)
         self.block = BLOCK_BYTES // (self.n_nu * self.n_in * self.weight.element_size())
@@ -133,9 +144,10 @@ class TensorSums:
 
     def __init__(self, interaction: Any, is_first: bool):
         self.is_first, self.table = is_first, _table(interaction)
-        self.n_nu, n_in, n_hidden = interaction.weight.shape
+        weight = _weight(interaction)
+        self.n_nu, n_in, n_hidden = weight.shape
         # (n_in, n_nu n_hidden): q of all sensitivities in one product
-        self.weight = interaction.weight.detach().transpose(0, 1).reshape(n_in, -1).contiguous()
+        self.weight = weight.transpose(0, 1).reshape(n_in, -1).contiguous()
         self.shape = (N_COMPONENTS[interaction.order], n_hidden)
         self.block = BLOCK_BYTES // (self.shape[0] * n_hidden * self.weight.element_size())
 

@@ -60,10 +60,6 @@ def why_not(model: Hipnn) -> str:
         return f"the network is on {model.encoder.device.type}"
     if c.n_max:
         return f"no fused layers for a {c.kind}"
-    if c.n_gaussians is not None:
-        return "no fused layers where sensitivities are mixed from Gaussians"
-    if c.pair_cutoff is not None:
-        return "no fused layers where pairs end before the cutoff function vanishes"
     return ""
 
 
