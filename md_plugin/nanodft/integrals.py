@@ -12,7 +12,7 @@ one-electron integrals are torch, and differentiable. The repulsion has backends
     auto      CPU: numba, torch where numba is absent; CUDA: triton, else torch
 
 An explicit choice that cannot be met raises and says what exists. torch, numba and triton call no
-libcint integral at all.
+libcint integral at all. The first use of a kernel on a device compares it with torch on LiH.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def eri(
             f"the (ij|kl) of {n} basis functions need {need / MB:.0f} MB, "
             f"more than max_memory_mb = {max_memory_mb:g}; raise it or take a smaller molecule"
         )
+    _self_check(name, positions.device.type)
     packed = _module(name).eri(basis, positions, max(int(max_memory_mb * MB) - need, MB))
     return _unpacked(packed, n)
 
@@ -158,6 +159,7 @@ def two_electron_gradient(
     # Roundings of an SCF are far below; a transposed factor or one triangle only is far above.
     if not torch.allclose(dm, dm.T, rtol=0.0, atol=1e-8 * float(dm.abs().max())):
         raise ValueError("the density matrix is not symmetric")
+    _self_check(name, positions.device.type)
     dm = dm.detach().to(positions.device)
     gradient: Tensor = _module(name).two_electron_gradient(
         basis, positions.detach(), dm, float(hyb), int(max_memory_mb * MB)
@@ -183,6 +185,31 @@ def _check_positions(basis: Basis, positions: Tensor) -> None:
         raise ValueError(
             f"positions are {tuple(positions.shape)} {positions.dtype}, "
             f"not ({basis.n_atom}, 3) torch.float64"
+        )
+
+
+@cache
+def _self_check(name: str, kind: str) -> None:
+    """Compare a backend's kernels with torch, once per device.
+
+    Raises:
+        BackendError: the gradient or an integral is wrong.
+    """
+    if name not in ("numba", "triton"):
+        return
+    basis = Basis.build((3, 1), "sto-3g")
+    x = torch.tensor([[0.0, 0.0, 0.0], [0.3, 0.5, 2.8]], dtype=torch.float64, device=kind)
+    index = torch.arange(basis.n_ao, dtype=torch.float64, device=kind)
+    dm = torch.cos(torch.outer(index + 1, index + 1))  # symmetric, and nothing else
+    wrong = []
+    for call, arguments in (("eri", (basis, x)), ("two_electron_gradient", (basis, x, dm, 0.5))):
+        got, want = (getattr(_module(n), call)(*arguments, 64 * MB) for n in (name, "torch"))
+        # Screening leaves out 1e-11 of numbers of order one.
+        wrong += [call] if not torch.allclose(got, want, rtol=0.0, atol=1e-9) else []
+    if wrong:
+        raise BackendError(
+            f"backend {name!r} computes a wrong {' and '.join(wrong)} on {kind}; "
+            "do not use it on this machine, and report this with your versions"
         )
 
 
