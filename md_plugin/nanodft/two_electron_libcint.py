@@ -32,8 +32,8 @@ def two_electron_gradient(
     dm = dm.detach().cpu()
     first = [*basis.ao.tolist(), basis.n_ao]
     gradient = torch.zeros((basis.n_atom, 3), dtype=torch.float64)
-    # libcint's block and its copy in C order
-    n_pair = max(max_memory // (2 * 3 * 8 * basis.n_ao**2), 1)
+    # of (3, m, n, k, l): the unique k >= l, then all of them
+    n_pair = max(max_memory // (int(1.5 * 3 * 8) * basis.n_ao**2), 1)
     width = max(n_pair // basis.n_ao, 1)
     atoms = torch.repeat_interleave(basis.atom, 2 * basis.l + 1)
     for i0, i1 in _ranges(first, width):
@@ -59,11 +59,14 @@ def _block_gradient(
 ) -> Tensor:
     """(3, m) -2 sum_nkl Gamma (d_1 m n|k l) of one block; dms: D, and its rows m, n, and m n."""
     dm, dm_m, dm_n, dm_mn = dms
-    everything = (0, mole.nbas)
-    values = torch.from_numpy(mole.intor("int2e_ip1", shls_slice=(*shells, *everything * 2)))
-    gradient = -2 * ((values.flatten(3) @ dm.flatten()) * dm_mn).sum(2)
+    kets = (0, mole.nbas) * 2
+    unique = torch.from_numpy(mole.intor("int2e_ip1", shls_slice=(*shells, *kets), aosym="s2kl"))
+    k, l = torch.tril_indices(len(dm), len(dm))
+    gradient = -2 * ((unique @ (dm[k, l] * (2.0 - (k == l).double()))) * dm_mn).sum(2)
     if hyb:
         # D_mk D_nl and D_ml D_nk give the same: (d_1 m n|k l) is symmetric in k, l
+        values = unique.new_empty((*unique.shape[:-1], len(dm), len(dm)))
+        values[..., k, l] = values[..., l, k] = unique
         half = (values @ dm_n[:, :, None]).squeeze(-1).sum(2)  # sum_nl (d_1 m n|k l) D_nl
         gradient += hyb * (half * dm_m).sum(2)
     return gradient
