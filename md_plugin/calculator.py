@@ -135,8 +135,9 @@ class HipnnCalculator(Calculator):
             return
         for name in PER_ATOM & self.results.keys():
             found = self.results[name]
-            self.results[name] = np.empty_like(found)
-            self.results[name][order] = found
+            placed = np.empty_like(found)
+            placed[order] = found
+            self.results[name] = placed
 
     def __repr__(self) -> str:
         return f"HipnnCalculator({self.potential!r}, skin={self.neighbours.skin})"

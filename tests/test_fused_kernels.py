@@ -15,7 +15,7 @@ from md_plugin.kernels.fused_cpu import (
     tensor_backward,
     tensor_forward,
 )
-from md_plugin.model.radial import tensor_components
+from md_plugin.model.radial import TensorComponents, tensor_components
 
 # float32 rounds a distance to 6e-8, which Gaussians of a tenth of it in width amplify tenfold, and
 # sums of some dozen terms of both signs are compared to the largest of their results.
@@ -91,8 +91,11 @@ def tensor_reference(where, receiver, mu, sigma, rcut, q, g, by_species):
     q = torch.tensor(q, dtype=torch.float64, requires_grad=True)
     owner = torch.tensor(where.species).long()[exact.sender] if by_species else exact.sender
     u = torch.einsum("pn,pnb->pb", exact.sense, q[owner])
-    order = {1: 0, 4: 1, 9: 2}[g.shape[1]]
-    t = tensor_components(exact.d / exact.r, order)
+    order = {1: 0, 4: 1, 9: 2, 16: 3}[g.shape[1]]
+    components = (
+        TensorComponents(3) if order == 3 else lambda r_hat: tensor_components(r_hat, order)
+    )
+    t = components(exact.d / exact.r)
     return exact.gradients(exact.sum(t[:, :, None] * u[:, None]), g, q)
 
 
@@ -226,6 +229,7 @@ def test_reproducible_bit_by_bit():
 
 # Vectors of 16, 8, 4 or 2 lanes: widths below, at and above one tile of any of them.
 SHAPES = [(1, 9, 1), (4, 9, 7), (4, 20, 128), (9, 9, 32), (9, 3, 41), (4, 1, 1), (9, 1, 70)]
+SHAPES += [(16, 9, 5), (16, 20, 33)]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -312,7 +316,7 @@ def test_short_rows_do_not_see_what_longer_ones_left(kind, dtype, poison):
         assert error(dirty[1][own], exact[1][own]) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("n_comp", [None, 4, 9])
+@pytest.mark.parametrize("n_comp", [None, 4, 9, 16])
 def test_virial_is_finite_behind_poison(n_comp):
     """The virial of the block behind the poisoned row, whose work space is fresh but short."""
     where = poisoned([1, 2, 3], np.nan)

@@ -119,10 +119,10 @@ def tensor_forward(
     *,
     by_species: bool = False,
 ) -> None:
-    """Write mixed (n_block, 1 | 4 | 9, n_feat) of receivers begin .. begin + n_block - 1.
+    """Write mixed (n_block, 1 | 4 | 9 | 16, n_feat) of receivers begin .. begin + n_block - 1.
 
-    Components are those of `model.radial.tensor_components`. q is (n_send, n_nu, n_feat), or
-    by_species (n_species, n_nu, n_feat).
+    Components are those of `model.radial.tensor_components`, and of the third order. q is
+    (n_send, n_nu, n_feat), or by_species (n_species, n_nu, n_feat).
 
     Raises:
         TypeError: an array is not of the table's dtype.
@@ -180,7 +180,7 @@ def _part(begin: int, n_block: int, t: int, n_thread: int) -> tuple[int, int]:
 def _check_tensor(
     where: Geometry, table: RadialTable, q: np.ndarray, mixed: np.ndarray, begin: int, shared: bool
 ) -> tuple[bool, ...]:
-    _check(where, table, mixed, begin, (1, 4, 9))
+    _check(where, table, mixed, begin, (1, 4, 9, 16))
     if shared:
         _check_species(where)
     _check_array(table, q)

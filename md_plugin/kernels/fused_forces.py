@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from md_plugin.kernels.fused_row import DCUT, GR, Q, Row, sender_of, unpack
 from md_plugin.kernels.fused_tiles import lane_sums
-from md_plugin.kernels.vector_ir import F64, I32, I64, Value
+from md_plugin.kernels.vector_ir import F64, I32, I64, Emitter, Value
 
 N_SUM = 10
 
@@ -87,10 +87,34 @@ def _unit_gradient(row: Row, p: Value, unit: list[Value], n_comp: int) -> list[V
         ((xy, x), (e.add(yy, yy), y), (yz, z)),
         ((xz, x), (yz, y)),
     )
+    _add_terms(e, gradient, terms)
+    if n_comp > 9:
+        _add_terms(
+            e, gradient, _octupole_terms(e, unit, [lane_sums(row, p, c) for c in range(9, 16)])
+        )
+    return gradient
+
+
+def _add_terms(e: Emitter, gradient: list[Value], terms: Any) -> None:
+    """gradient[k] += the products of line k."""
     for k, line in enumerate(terms):
         for t, u in line:
             gradient[k] = e.fma(t, u, gradient[k])
-    return gradient
+
+
+def _octupole_terms(e: Emitter, unit: list[Value], of: list[Value]) -> Any:
+    """Products that make sum_c of_c dt_c/dr_hat of the third order."""
+    x, y, z = unit
+    xxx, xxy, xxz, xyy, xyz, yyy, yyz = of
+    fifth, three = e.const(-0.2), e.const(3.0)
+    xx, yy, xy = e.fma(x, x, fifth), e.fma(y, y, fifth), e.mul(x, y)
+    three_xx, three_yy = (e.mul(three, square) for square in (xx, yy))
+    double = e.add(xy, xy), e.mul(e.add(x, x), z), e.mul(e.add(y, y), z)
+    return (
+        ((xxx, three_xx), (xxy, double[0]), (xxz, double[1]), (xyy, yy), (xyz, e.mul(y, z))),
+        ((xxy, xx), (xyy, double[0]), (xyz, e.mul(x, z)), (yyy, three_yy), (yyz, double[2])),
+        ((xxz, xx), (xyz, xy), (yyz, yy)),
+    )
 
 
 def _over_pairs(row: Row, n: Value, n_sum: int, body: Any) -> list[Value]:

@@ -1,9 +1,10 @@
-"""Fused kernels of a tensor interaction layer, of order 0, 1 or 2: weights first, then the sum.
+"""Fused kernels of a tensor interaction layer, of order 0 to 3: weights first, then the sum.
 
     q[j, nu, b] = sum_a V[nu, a, b] z[j, a]                                  a product of the caller
     m[i, c, b]  = sum_p t_c(p) u_p[b],    u_p[b] = sum_nu s_nu(r_p) q[j, nu, b]           (forward)
 
-    t = 1;  r_hat;  r_hat r_hat^T - 1/3 as xx, xy, xz, yy, yz
+    t = 1;  r_hat;  r_hat r_hat^T - 1/3 as xx, xy, xz, yy, yz;
+        r_hat r_hat r_hat without its traces as xxx, xxy, xxz, xyy, xyz, yyy, yyz
 
 and from g = dE/dm, with y_p[b] = sum_c t_c(p) g[i, c, b]                                (backward)
 
@@ -37,7 +38,7 @@ def tensor_forward_rows(
     row = Row(e, *table, *where, *space)
     q, mixed, shared, *span = layer
     # Sums of all components must stay in registers.
-    wide = e.wide if n_comp <= 4 else e.wide // 2
+    wide = {1: e.wide, 4: e.wide, 9: e.wide // 2, 16: 1}[n_comp]
 
     def body(i: Value, at: Value, n: Value) -> None:
         radial(row, n, slopes=False)
@@ -101,11 +102,18 @@ def _components(row: Row, n: Value, n_comp: int) -> None:
     def body(p: Value, _: Any) -> Group:
         inverse = e.load(e.at(row.number(Q), p))
         x, y, z = (e.mul(inverse, d) for d in unpack(e, row.pairs, p)[:3])
-        third = e.const(-1.0 / 3.0)
         values = [x, y, z]
         if n_comp > 4:
+            third = e.const(-1.0 / 3.0)
             products = e.mul(x, y), e.mul(x, z), e.fma(y, y, third), e.mul(y, z)
             values += [e.fma(x, x, third), *products]
+        if n_comp > 9:
+            # Traces of r r r: 1/5 for each pair of equal indices.
+            xx, yy = (e.sub(e.mul(d, d), e.const(0.2)) for d in (x, y))
+            most = (e.sub(square, e.const(0.4)) for square in (xx, yy))
+            xxx, yyy = (e.mul(d, rest) for d, rest in zip((x, y), most, strict=True))
+            mixed = e.mul(x, yy), e.mul(e.mul(x, y), z)
+            values += [xxx, e.mul(xx, y), e.mul(xx, z), *mixed, yyy, e.mul(yy, z)]
         for c, value in enumerate(values, start=1):
             e.store(value, e.at(_component(row, c), p))
         return []

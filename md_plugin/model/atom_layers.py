@@ -1,6 +1,7 @@
 """The layers of a block that treat each atom by itself, and their gradient written by hand.
 
-    h = norms(m) + W z + b              interaction layer, m from the sums over neighbours
+    h = norms(m) + W z + b              interaction layer, m from the sums over neighbours;
+                                        in HIP-HOP-NN invariants take the place of the norms
     h = W x + b                         atom layers
     x' = U softplus(h) + c + A x        residual layers;   x' = softplus(h) others
     E = readout(x')
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from md_plugin.kernels import norms_cpu, softplus_cpu
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.model.interaction import InteractionLayer
+from md_plugin.model.invariants import InvariantMixing
 
 Pull = Callable[[Tensor], Tensor]
 Activation = Callable[[Tensor], tuple[Tensor, Pull]]
@@ -37,9 +39,10 @@ class AtomLayers:
     def __init__(self, model: Hipnn, number: int):
         layers = [cast(Any, layer) for layer in cast(nn.ModuleList, model.blocks[number])]
         activation = _activation(model)
-        self.interaction: InteractionLayer = layers[0].layer
+        interaction: InteractionLayer = layers[0].layer
+        self.combined = _combined(interaction, model)
         self.needs_z = number > 0  # species have no gradient
-        self.inward = [_Linear(self.interaction.self_interaction)]
+        self.inward = [_Linear(interaction.self_interaction)]
         self.inward += [_Linear(layer.layer) for layer in layers[1:]]
         self.outward = [_Outward(layer, activation) for layer in layers]
         self.readout = _Linear(cast(nn.Linear, model.readouts[number + 1]))
@@ -75,7 +78,7 @@ class AtomLayers:
 
     def _run(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Pull, list[Any]]:
         """Features, and the ways back: through the norms, and from each layer to its h and x."""
-        norms, pull_norms = _norms(self.interaction, mixed)
+        norms, pull_norms = self.combined(mixed)
         x, pulls = z, []
         for k, (linear, outward) in enumerate(zip(self.inward, self.outward, strict=True)):
             h = linear(x)
@@ -157,16 +160,32 @@ def _differentiated(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Te
     return value.detach(), pull
 
 
-def _norms(interaction: InteractionLayer, mixed: Tensor) -> tuple[Tensor, Pull]:
-    """m (n, C, n_hidden) -> (n, n_hidden); see `md_plugin.model.interaction`."""
+def _combined(interaction: InteractionLayer, model: Hipnn) -> Activation:
+    """m (n, C, n_hidden) -> (n, n_hidden): norms or invariants, `md_plugin.model.interaction`."""
+    if interaction.mixing is not None:
+        return _invariants(interaction.mixing, model)
     if interaction.order == 0:
-        return mixed[:, 0], lambda g: g[:, None]
+        return lambda m: (m[:, 0], lambda g: g[:, None])
     scales = [interaction.vector_scale, getattr(interaction, "quadrupole_scale", None)]
-    table = torch.stack([scale for scale in scales if scale is not None]).numpy()
-    m = mixed.numpy()
-    out, slopes = norms_cpu.norms(m, table, interaction.cusp)
+    table = torch.stack([scale.detach() for scale in scales if scale is not None]).numpy()
 
-    def pull(g: Tensor) -> Tensor:
-        return torch.from_numpy(norms_cpu.norms_gradient(m, slopes, g.numpy()))
+    def norms(mixed: Tensor) -> tuple[Tensor, Pull]:
+        m = mixed.numpy()
+        out, slopes = norms_cpu.norms(m, table, interaction.cusp)
 
-    return torch.from_numpy(out), pull
+        def pull(g: Tensor) -> Tensor:
+            return torch.from_numpy(norms_cpu.norms_gradient(m, slopes, g.numpy()))
+
+        return torch.from_numpy(out), pull
+
+    return norms
+
+
+def _invariants(mixing: InvariantMixing, model: Hipnn) -> Activation:
+    """Of HIP-HOP-NN. The sums are those of exact tensors; a model may have rounded ones."""
+    assert model.components is not None
+    matrix = model.components.of_exact().to(model.encoder)
+    rounding = 4 * torch.finfo(matrix.dtype).eps
+    if torch.allclose(matrix, torch.eye(len(matrix)).to(matrix), rtol=0.0, atol=rounding):
+        return lambda m: _differentiated(mixing, m)
+    return lambda m: _differentiated(lambda exact: mixing(matrix @ exact), m)

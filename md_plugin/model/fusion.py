@@ -55,11 +55,8 @@ class Fused:
 
 def why_not(model: Hipnn) -> str:
     """Why there is no fused inference for this network; "" where there is."""
-    c = model.config
     if model.encoder.device.type != "cpu":
         return f"the network is on {model.encoder.device.type}"
-    if c.n_max:
-        return f"no fused layers for a {c.kind}"
     return ""
 
 

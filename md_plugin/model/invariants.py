@@ -19,7 +19,7 @@ arXiv:2503.23515 (2025); the set and its order are those of hippynn's HopInvaria
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import permutations
+from itertools import combinations, permutations
 from math import prod
 from typing import NamedTuple
 
@@ -128,6 +128,22 @@ def projection(order: int) -> Tensor:
             for m in monomials(order)
         ]
     )
+
+
+def monomials_of_components(order: int) -> Tensor:
+    """(n_monomials, (order + 1)^2) float64: what a unit vector's tensors say of its monomials.
+
+    x_i x_j = Q_ij + d_ij / 3;   x_i x_j x_k = T_ijk + (d_ij x_k + d_ik x_j + d_jk x_i) / 5
+    """
+    basis = traceless_basis(order).reshape(*[3] * order, -1)
+    rows = torch.zeros(len(monomials(order)), (order + 1) ** 2, dtype=torch.float64)
+    for row, index in zip(rows, monomials(order), strict=True):
+        row[order**2 :] = basis[index]
+        for k, l in combinations(range(order), 2):
+            if index[k] == index[l]:
+                rest = [index[m] for m in range(order) if m not in (k, l)]
+                row[1 + rest[0] if rest else 0] += 1.0 / (2 * order - 1)
+    return rows
 
 
 class InvariantMixing(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from md_plugin.kernels.radial_reference import Cutoff
 from md_plugin.kernels.registry import Backend, resolve
-from md_plugin.model.invariants import monomials, projection
+from md_plugin.model.invariants import monomials, monomials_of_components, projection
 
 N_COMPONENTS = (1, 4, 9, 16)  # by order: scalar; + vector; + quadrupole; + octupole
 
@@ -115,6 +115,15 @@ class TensorComponents(nn.Module):
             matrix: Tensor = getattr(self, f"projection_{l}")
             parts.append(products @ matrix.to(products.dtype))
         return torch.cat(parts, dim=1)
+
+    def of_exact(self) -> Tensor:
+        """(C, C) float64: these components from those of matrices that were never rounded."""
+        matrix = torch.eye((self.order + 1) ** 2, dtype=torch.float64)
+        for l in range(2, self.order + 1):
+            stored: Tensor = getattr(self, f"projection_{l}")
+            lower = (l + 1) ** 2
+            matrix[l * l : lower, :lower] = stored.T.cpu().double() @ monomials_of_components(l)
+        return matrix
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         device = fn(torch.empty(0)).device
