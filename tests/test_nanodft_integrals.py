@@ -133,6 +133,7 @@ def test_integrals_above_the_memory_bound_are_refused_before_anything(monkeypatc
     [
         (torch.zeros(3, 3, dtype=torch.float32), "torch.float32"),
         (torch.zeros(2, 3, dtype=torch.float64), r"\(2, 3\).*not \(3, 3\)"),
+        (torch.full((3, 3), torch.nan, dtype=torch.float64), "not finite"),
     ],
 )
 def test_positions_of_the_wrong_kind(bad, message):

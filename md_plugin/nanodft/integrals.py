@@ -186,6 +186,8 @@ def _check_positions(basis: Basis, positions: Tensor) -> None:
             f"positions are {tuple(positions.shape)} {positions.dtype}, "
             f"not ({basis.n_atom}, 3) torch.float64"
         )
+    if not bool(positions.isfinite().all()):  # kernels look T up in a table
+        raise ValueError("positions are not finite")
 
 
 @cache

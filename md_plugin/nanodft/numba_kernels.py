@@ -18,7 +18,7 @@ import numpy as np
 from md_plugin.nanodft.boys import TABLE_END, TABLE_STEP
 
 WIDTH = 32
-# fastmath without nnan/ninf: a NaN in the input must come out as NaN, not as noise.
+# Sums may be reordered, or they are not vectorised.
 OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
 OPTIONS["fastmath"] = {"reassoc", "contract", "arcp", "nsz"}
 jit, parallel_jit = numba.njit(**OPTIONS), numba.njit(parallel=True, **OPTIONS)

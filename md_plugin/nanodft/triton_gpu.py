@@ -92,6 +92,15 @@ def _raised(level, base, distance, N: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
+def _place(places, i, n):
+    """Exponent and centre of primitive pairs i, from (4, n); something finite beyond n."""
+    place = (tl.load(places + i, mask=i < n, other=1.0),)
+    for d in tl.static_range(1, 4):
+        place = place + (tl.load(places + d * n + i, mask=i < n, other=0.0),)
+    return place
+
+
+@triton.jit
 def _coulomb(
     bra, ket, table, ORDER: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, BOYS: tl.constexpr
 ):
@@ -150,9 +159,7 @@ def _potential(
     N_BRA: tl.constexpr = len(SUMS)
     N_KET: tl.constexpr = len(SUMS[0])
     N_PROD: tl.constexpr = len(TERMS)
-    site = (tl.load(bra + b, mask=there, other=1.0),)
-    for d in tl.static_range(1, 4):
-        site = site + (tl.load(bra + d * n_bra + b, mask=there, other=0.0),)
+    site = _place(bra, b, n_bra)
     product = bra_ao + (tl.load(bra_pair + b, mask=there, other=0) * N_ROW + r) * 2
     m, n = tl.load(product), tl.load(product + 1)
     total = ()
@@ -161,10 +168,7 @@ def _potential(
     for k0 in range(0, n_ket, BLOCK):
         k = k0 + tl.arange(0, BLOCK)[None, None, :]
         live = k < n_ket
-        place = (tl.load(ket + k, mask=live, other=1.0),)
-        for d in tl.static_range(1, 4):
-            place = place + (tl.load(ket + d * n_ket + k, mask=live, other=0.0),)
-        hermite = _coulomb(site, place, table, ORDER, N, STEPS, BOYS)
+        hermite = _coulomb(site, _place(ket, k, n_ket), table, ORDER, N, STEPS, BOYS)
         pair = tl.load(ket_pair + k, mask=live, other=0)
         gamma = _gamma(pair, m, n, ket_ao, dm, root, n_dm, N_PROD, EXCHANGE)
         weights = ()
