@@ -9,8 +9,8 @@ The gradient holds D and moves functions, points and weights (Johnson, Gill, Pop
 that moves with its atom sees all functions move the other way; the last part is that of the
 weights, e_g dw_g/dR. Without it (and the points) the force is not the derivative of the energy.
 
-Work goes by chunks of points. Values of the functions are kept between calls as far as memory
-allows, else computed again.
+Work goes by chunks of points. Weights are kept between calls, values of the functions as far as
+memory allows; those of the other chunks are computed again.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class GridIntegrals:
     def __init__(
         self, functional: Functional, orbitals: Orbitals, grid: Grid, x: Tensor, max_bytes: int
     ):
-        self.functional, self.orbitals, self.grid, self.x = functional, orbitals, grid, x
+        self.functional, self.orbitals, self.x = functional, orbitals, x
         n_ao, n_prim = orbitals.contraction.shape[1], len(orbitals.exponents)
-        n_tables = 4 if functional.gradient else 1
         temporaries = 8 * (28 * n_ao + 3 * n_prim) + grid.bytes_per_point()
-        self._size = max(1, min(CHUNK.get(x.device.type, 2048), max_bytes // 2 // temporaries))
-        kept_bytes = 8 * len(grid) * (n_ao * n_tables + 1)
-        self._keep = kept_bytes <= max_bytes // 2
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        size = max(1, min(CHUNK.get(x.device.type, 2048), max_bytes // 2 // temporaries))
+        self._parts = list(grid.chunks(size))
+        self._weights = [part.weights(x) for part in self._parts]
+        self._kept: list[Tensor] = []
+        self._room = max_bytes - size * temporaries
 
     def potential(self, dm: Tensor) -> tuple[float, Tensor]:
         """Energy in Ha and V (n_ao, n_ao) in Ha of a symmetric density matrix."""
@@ -73,15 +73,14 @@ class GridIntegrals:
             grid_response: points and weights follow the atoms, as they do in the energy.
         """
         total = torch.zeros_like(self.x)
-        for part in self.grid.chunks(self._size):
+        for part in self._parts:
             total += self._chunk_gradient(part, dm, grid_response)
         return total
 
     def _chunk_gradient(self, part: Grid, dm: Tensor, grid_response: bool) -> Tensor:
         functional = self.functional
         values = self.orbitals.at(part.points(self.x), self.x, 2 if functional.gradient else 1)
-        tables = torch.cat([values.chi[None], values.gradient]) if functional.gradient else None
-        tables = values.chi[None] if tables is None else tables
+        tables = values.tables if functional.gradient else values.chi[None]
         half_density = tables[0] @ dm
         rho, gradient = _density(half_density, tables)
         e, vrho, vsigma = functional.evaluate(rho, gradient.square().sum(0))
@@ -106,18 +105,17 @@ class GridIntegrals:
 
     def _tables(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(weights, chi and its derivatives where they are needed) of each chunk."""
-        if self._kept:
-            yield from self._kept
-            return
-        derivatives = int(self.functional.gradient)
-        for part in self.grid.chunks(self._size):
-            values = self.orbitals.at(part.points(self.x), self.x, derivatives)
-            chi = values.chi[None]
-            tables = torch.cat([chi, values.gradient]) if derivatives else chi
-            chunk = part.weights(self.x), tables
-            if self._keep:
-                self._kept.append(chunk)
-            yield chunk
+        for k, (part, weights) in enumerate(zip(self._parts, self._weights, strict=True)):
+            if k < len(self._kept):
+                yield weights, self._kept[k]
+                continue
+            gradient = self.functional.gradient
+            values = self.orbitals.at(part.points(self.x), self.x, int(gradient))
+            tables = values.tables if gradient else values.chi[None]
+            if k == len(self._kept) and tables.nbytes <= self._room:
+                self._kept.append(tables)
+                self._room -= tables.nbytes
+            yield weights, tables
 
 
 def _density(half_density: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,11 @@ class Values:
         slope = self.polynomial * self.radial[1]
         return torch.addcmul(self.shifts * slope, self.constants[:, None], self.radial[0])
 
+    @property
+    def tables(self) -> Tensor:
+        """(4, n, n_ao) chi and its three derivatives."""
+        return torch.cat([self.chi[None], self.gradient])
+
     def pull(self, of_chi: Tensor, of_gradient: Tensor | None) -> Tensor:
         """(3, n, n_ao) slope of a scalar as each function's d moves: of_chi chi_k + of_j chi_jk.
 
