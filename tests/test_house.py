@@ -42,7 +42,7 @@ FLOORS = {
         "kernels.workers",
         "kernels.radial_*",
     ),
-    2: ("kernels", "kernels.closure", "kernels.sensitivity", "kernels.registry"),
+    2: ("kernels", "kernels.closure", "kernels.sensitivity", "kernels.self_check", "kernels.registry"),
     3: ("model", "model.*", "neighbours", "evaluation"),
     4: ("potential", "committee"),
     5: ("checkpoint", "hippynn_io", "hippynn_io.*"),

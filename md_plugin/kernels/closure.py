@@ -7,11 +7,11 @@ Each sum is linear in both of its arguments, and its gradients are the other two
     z = featsum(e, s):   de = envsum(s, dz)       ds = sensesum(e, dz)
 
 so derivatives of any order (forces, training on forces) never leave the set. So is the product of
-sensitivities s with tensor components t, and its contractions:
+sensitivities s with tensor components t, its contractions, and its derivative:
 
-    g = stack(t, s):            dt = fold_components(dg, s)   ds = fold_sense(dg, t)
-    s = fold_sense(g, t):       dg = stack(t, ds)             dt = fold_components(g, ds)
-    t = fold_components(g, s):  dg = stack(dt, s)             ds = fold_sense(g, dt)
+    g = stack(t, s):                dt, ds = fold(dg, t, s)
+    a, b = fold(g, t, s):           dt, ds = fold(g, da, db)     dg = stack_along(t, s, da, db)
+    g = stack_along(t, s, t', s'):  dt, ds' = fold(dg, t, s')    dt', ds = fold(dg, t', s)
 
 This file knows no backend: the raw kernels come in as a `SumKernels`. The sensitivities themselves
 are a closed family as well: `md_plugin.kernels.sensitivity`.
@@ -31,7 +31,6 @@ from md_plugin.kernels.radial_reference import Gradients
 from md_plugin.pairs import Pairs
 
 RawSum = Callable[[Tensor, Tensor, Pairs], Tensor]
-RawProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class SumKernels:
     envsum: RawSum
     sensesum: RawSum
     featsum: RawSum
-    stack: RawProduct = reference.stack
-    fold_sense: RawProduct = reference.fold_sense
-    fold_components: RawProduct = reference.fold_components
+    stack: Callable[[Tensor, Tensor], Tensor] = reference.stack
+    fold: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.fold
+    stack_along: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = reference.stack_along
     sensitivity: Callable[..., Tensor] = radial_reference.sensitivity
     sensitivity_slope: Callable[..., Gradients] = radial_reference.sensitivity_slope
     sensitivity_curvature: Callable[..., tuple[Tensor, ...]] = (
@@ -135,52 +134,49 @@ class Stack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Gradients by the two contractions."""
-        components, sense = ctx.saved_tensors
-        k = ctx.kernels
-        grad_comp = FoldComponents.apply(k, grads[0], sense) if ctx.needs_input_grad[1] else None
-        grad_sense = FoldSense.apply(k, grads[0], components) if ctx.needs_input_grad[2] else None
-        return None, grad_comp, grad_sense
+        """Gradients by the contractions."""
+        return None, *Fold.apply(ctx.kernels, grads[0], *ctx.saved_tensors)
 
 
-class FoldSense(torch.autograd.Function):
-    """sense = fold_sense(stacked, components)."""
+class Fold(torch.autograd.Function):
+    """components', sense' = fold(stacked, components, sense)."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: SumKernels, stacked: Tensor, components: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernels: SumKernels, stacked: Tensor, components: Tensor, sense: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Runs the raw kernel."""
-        ctx.save_for_backward(stacked, components)
+        ctx.save_for_backward(stacked, components, sense)
         ctx.kernels = kernels
-        return kernels.fold_sense(stacked.contiguous(), components.contiguous())
+        return kernels.fold(stacked.contiguous(), components.contiguous(), sense.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Gradients by the product and the other contraction."""
-        stacked, components = ctx.saved_tensors
-        k = ctx.kernels
-        grad_stack = Stack.apply(k, components, grads[0]) if ctx.needs_input_grad[1] else None
-        grad_comp = FoldComponents.apply(k, stacked, grads[0]) if ctx.needs_input_grad[2] else None
-        return None, grad_stack, grad_comp
+        """Gradients by the product's derivative and by the contractions."""
+        stacked, components, sense = ctx.saved_tensors
+        k, needed = ctx.kernels, ctx.needs_input_grad
+        grad_stack = StackAlong.apply(k, components, sense, *grads) if needed[1] else None
+        others = Fold.apply(k, stacked, *grads) if needed[2] or needed[3] else (None, None)
+        return None, grad_stack, *others
 
 
-class FoldComponents(torch.autograd.Function):
-    """components = fold_components(stacked, sense)."""
+class StackAlong(torch.autograd.Function):
+    """stacked = stack_along(components, sense, components', sense')."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: SumKernels, stacked: Tensor, sense: Tensor) -> Tensor:
+    def forward(ctx: Any, kernels: SumKernels, *inputs: Tensor) -> Tensor:
         """Runs the raw kernel."""
-        ctx.save_for_backward(stacked, sense)
+        ctx.save_for_backward(*inputs)
         ctx.kernels = kernels
-        return kernels.fold_components(stacked.contiguous(), sense.contiguous())
+        return kernels.stack_along(*(x.contiguous() for x in inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """Gradients by the product and the other contraction."""
-        stacked, sense = ctx.saved_tensors
-        k = ctx.kernels
-        grad_stack = Stack.apply(k, grads[0], sense) if ctx.needs_input_grad[1] else None
-        grad_sense = FoldSense.apply(k, stacked, grads[0]) if ctx.needs_input_grad[2] else None
-        return None, grad_stack, grad_sense
+        """Gradients by the contractions, crosswise."""
+        components, sense, d_components, d_sense = ctx.saved_tensors
+        grad_comp, grad_d_sense = Fold.apply(ctx.kernels, grads[0], components, d_sense)
+        grad_d_comp, grad_sense = Fold.apply(ctx.kernels, grads[0], d_components, sense)
+        return None, grad_comp, grad_sense, grad_d_comp, grad_d_sense
 
 
 def check_shapes(name: str, first: Tensor, second: Tensor, pairs: Pairs) -> None:

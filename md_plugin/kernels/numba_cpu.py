@@ -9,7 +9,7 @@ products `numba_products`, of the sensitivities `radial_cpu`.
 
 One thread calls them directly: numba's threads are then never started, and nothing parallel is
 compiled. Compiled code is cached on disk by numba; the first use in a fresh installation compiles
-for 3 s, with several threads for 10 s.
+the sums for 3 s, with several threads for 10 s, and the sensitivities for 3 s or 5 s.
 """
 
 from __future__ import annotations
@@ -107,23 +107,19 @@ def stack(components: Tensor, sense: Tensor) -> Tensor:
     return stacked
 
 
-def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
-    """(n_pair, n_comp n_nu), (n_pair, n_comp) -> (n_pair, n_nu)."""
-    n_pair, n_comp = components.shape
-    sense = torch.empty(n_pair, stacked.shape[1] // n_comp, dtype=stacked.dtype)
-    _share(products.fold_sense_range, products.fold_sense_threads, stacked, components, sense)
-    return sense
+def fold(stacked: Tensor, components: Tensor, sense: Tensor) -> tuple[Tensor, Tensor]:
+    """(n_pair, n_comp n_nu), (n_pair, n_comp), (n_pair, n_nu) -> the shapes of the last two."""
+    found = torch.empty_like(components), torch.empty_like(sense)
+    _share(products.fold_range, products.fold_threads, stacked, components, sense, *found)
+    return found
 
 
-def fold_components(stacked: Tensor, sense: Tensor) -> Tensor:
-    """(n_pair, n_comp n_nu), (n_pair, n_nu) -> (n_pair, n_comp)."""
-    n_pair, n_nu = sense.shape
-    components = torch.empty(n_pair, stacked.shape[1] // n_nu, dtype=stacked.dtype)
-    _share(
-        *(products.fold_components_range, products.fold_components_threads),
-        *(stacked, sense, components),
-    )
-    return components
+def stack_along(components: Tensor, sense: Tensor, d_components: Tensor, d_sense: Tensor) -> Tensor:
+    """Derivative of `stack` along (d_components, d_sense) -> (n_pair, n_comp n_nu)."""
+    stacked = sense.new_empty(sense.shape[0], components.shape[1] * sense.shape[1])
+    tensors = (components, sense, d_components, d_sense, stacked)
+    _share(products.stack_along_range, products.stack_along_threads, *tensors)
+    return stacked
 
 
 def _share(serial: Any, threaded: Any, *tensors: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The product of sensitivities and tensor components, and its contractions, compiled by numba.
+"""The product of sensitivities and tensor components, and what derives from it, by numba.
 
 `*_range` computes pairs first .. last - 1 in one thread; `*_threads` shares the pairs out in
 contiguous blocks. Equations: `reference`.
@@ -28,27 +28,30 @@ def stack_range(components, sense, stacked, first, last):  # type: ignore[no-unt
 
 
 @_jit
-def fold_sense_range(stacked, components, sense, first, last):  # type: ignore[no-untyped-def]
-    """Write sense[first:last]."""
+def fold_range(stacked, components, sense, to_components, to_sense, first, last):  # type: ignore[no-untyped-def]
+    """Write to_components[first:last] and to_sense[first:last]."""
     n_comp, n_nu = components.shape[1], sense.shape[1]
     for p in range(first, last):
-        sense[p] = 0.0
+        to_sense[p] = 0.0
         for c in range(n_comp):
             t = components[p, c]
+            total = sense.dtype.type(0.0)
             for nu in range(n_nu):
-                sense[p, nu] += t * stacked[p, c * n_nu + nu]
+                g = stacked[p, c * n_nu + nu]
+                total += g * sense[p, nu]
+                to_sense[p, nu] += g * t
+            to_components[p, c] = total
 
 
 @_jit
-def fold_components_range(stacked, sense, components, first, last):  # type: ignore[no-untyped-def]
-    """Write components[first:last]."""
+def stack_along_range(components, sense, d_components, d_sense, stacked, first, last):  # type: ignore[no-untyped-def]
+    """Write stacked[first:last]."""
     n_comp, n_nu = components.shape[1], sense.shape[1]
     for p in range(first, last):
         for c in range(n_comp):
-            total = sense.dtype.type(0.0)
+            t, dt = components[p, c], d_components[p, c]
             for nu in range(n_nu):
-                total += stacked[p, c * n_nu + nu] * sense[p, nu]
-            components[p, c] = total
+                stacked[p, c * n_nu + nu] = t * d_sense[p, nu] + dt * sense[p, nu]
 
 
 @_parallel_jit
@@ -60,18 +63,18 @@ def stack_threads(components, sense, stacked, n_thread):  # type: ignore[no-unty
 
 
 @_parallel_jit
-def fold_sense_threads(stacked, components, sense, n_thread):  # type: ignore[no-untyped-def]
-    """Write sense."""
+def fold_threads(stacked, components, sense, to_components, to_sense, n_thread):  # type: ignore[no-untyped-def]
+    """Write to_components and to_sense."""
     n = len(sense)
     for k in prange(n_thread):
-        fold_sense_range(stacked, components, sense, n * k // n_thread, n * (k + 1) // n_thread)
+        first, last = n * k // n_thread, n * (k + 1) // n_thread
+        fold_range(stacked, components, sense, to_components, to_sense, first, last)
 
 
 @_parallel_jit
-def fold_components_threads(stacked, sense, components, n_thread):  # type: ignore[no-untyped-def]
-    """Write components."""
+def stack_along_threads(components, sense, d_components, d_sense, stacked, n_thread):  # type: ignore[no-untyped-def]
+    """Write stacked."""
     n = len(sense)
     for k in prange(n_thread):
-        fold_components_range(
-            stacked, sense, components, n * k // n_thread, n * (k + 1) // n_thread
-        )
+        first, last = n * k // n_thread, n * (k + 1) // n_thread
+        stack_along_range(components, sense, d_components, d_sense, stacked, first, last)

@@ -4,11 +4,13 @@
     sensesum  sense[p, nu]    = sum_a env[receiver(p), nu, a] features[sender(p), a]
     featsum   features[j, a]  = sum_{p: sender(p) = j} sum_nu env[receiver(p), nu, a] sense[p, nu]
 
-and the product that makes tensor sensitivities (HIP-NN-TS), with its two contractions:
+and the product that makes tensor sensitivities (HIP-NN-TS), its contractions, and its derivative:
 
-    stack           stacked[p, (c, nu)] = components[p, c] sense[p, nu]
-    fold_sense      sense[p, nu]        = sum_c  stacked[p, (c, nu)] components[p, c]
-    fold_components components[p, c]    = sum_nu stacked[p, (c, nu)] sense[p, nu]
+    stack       stacked[p, (c, nu)] = components[p, c] sense[p, nu]
+    fold        components[p, c]    = sum_nu stacked[p, (c, nu)] sense[p, nu]
+                sense[p, nu]        = sum_c  stacked[p, (c, nu)] components[p, c]
+    stack_along stacked[p, (c, nu)] = components[p, c] d_sense[p, nu]
+                                    + d_components[p, c] sense[p, nu]
 
 Reads like the equations and is never optimised: it stores an (n_pair, n_nu, n_feat) array.
 """
@@ -42,15 +44,12 @@ def stack(components: Tensor, sense: Tensor) -> Tensor:
     return (components[:, :, None] * sense[:, None, :]).flatten(1)
 
 
-def fold_sense(stacked: Tensor, components: Tensor) -> Tensor:
-    """(n_pair, n_comp n_nu), (n_pair, n_comp) -> (n_pair, n_nu)."""
-    n_pair, n_comp = components.shape
-    n_nu = stacked.shape[1] // n_comp
-    return (stacked.view(n_pair, n_comp, n_nu) * components[:, :, None]).sum(dim=1)
+def fold(stacked: Tensor, components: Tensor, sense: Tensor) -> tuple[Tensor, Tensor]:
+    """(n_pair, n_comp n_nu), (n_pair, n_comp), (n_pair, n_nu) -> the shapes of the last two."""
+    g = stacked.view(*components.shape, sense.shape[1])
+    return (g * sense[:, None, :]).sum(dim=2), (g * components[:, :, None]).sum(dim=1)
 
 
-def fold_components(stacked: Tensor, sense: Tensor) -> Tensor:
-    """(n_pair, n_comp n_nu), (n_pair, n_nu) -> (n_pair, n_comp)."""
-    n_pair, n_nu = sense.shape
-    n_comp = stacked.shape[1] // n_nu
-    return (stacked.view(n_pair, n_comp, n_nu) * sense[:, None, :]).sum(dim=2)
+def stack_along(components: Tensor, sense: Tensor, d_components: Tensor, d_sense: Tensor) -> Tensor:
+    """Derivative of `stack` along (d_components, d_sense) -> (n_pair, n_comp n_nu)."""
+    return stack(components, d_sense) + stack(d_components, sense)

@@ -34,10 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import radial_reference, reference
+from md_plugin.kernels import radial_reference
 from md_plugin.kernels.closure import EnvSum, FeatSum, SenseSum, Stack, SumKernels, check_shapes
 from md_plugin.kernels.radial_reference import Cutoff
-from md_plugin.kernels.sensitivity import Sensitivity, check_radial, known_answers
+from md_plugin.kernels.self_check import FAMILIES
+from md_plugin.kernels.sensitivity import Sensitivity, check_radial
 from md_plugin.pairs import Pairs
 
 logger = logging.getLogger("md_plugin")
@@ -93,6 +94,7 @@ class Backend:
 
     def stack(self, components: Tensor, sense: Tensor) -> Tensor:
         """(n_pair, n_comp), (n_pair, n_nu) -> (n_pair, n_comp n_nu); any derivative."""
+        self_check(self, sense.device.type, "products")
         stacked: Tensor = Stack.apply(self.kernels, components, sense)
         return stacked
 
@@ -101,8 +103,7 @@ class Backend:
         check_radial(r, mu, sigma)
         if self.kernels.sensitivity is radial_reference.sensitivity:
             return radial_reference.sensitivity(r, mu, sigma, cutoff)
-        if self.name != "torch":
-            _radial_check(self, r.device.type)
+        self_check(self, r.device.type, "sensitivities")
         sense: Tensor = Sensitivity.apply(self.kernels, r, mu, sigma, cutoff)
         return sense
 
@@ -170,60 +171,38 @@ def use_backend(name: str) -> Iterator[Backend]:
         _block.reset(token)
 
 
-def self_check(backend: Backend, device: str) -> None:
-    """Compare a backend with the reference on a tiny problem, once per device and process.
+def self_check(backend: Backend, device: str, family: str = "sums") -> None:
+    """Compare kernels with the reference on a tiny problem, once per device and process.
+
+    Args:
+        backend: whose kernels; those of "torch" are the reference.
+        device: where.
+        family: "sums", "products" or "sensitivities".
 
     Raises:
-        BackendError: it does not compute on this device, or a sum is wrong.
+        BackendError: it does not compute on this device, or a kernel is wrong.
     """
     if backend.name != "torch":
-        _self_check(backend, device)
+        _self_check(backend, device, family)
 
 
 @cache
-def _self_check(backend: Backend, device: str) -> None:
+def _self_check(backend: Backend, device: str, family: str) -> None:
     if device not in backend.devices:
         raise BackendError(
             f"backend {backend.name!r} computes on {' and '.join(backend.devices)}, "
             f"not on {device}; choose backend='auto' or another device"
         )
-    # One empty row, a self-image pair, one ghost; 5 sensitivities and 7 features: odd on purpose.
-    receiver, sender = torch.tensor([2, 0, 0, 2, 0]), torch.tensor([3, 1, 0, 0, 3])
-    pairs = Pairs.from_edges(receiver, sender, n_recv=3, n_send=4)[0].to(device)
-    generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.float64):
-        sense, features, env = (
-            torch.randn(shape, generator=generator, dtype=dtype).to(device)
-            for shape in ((5, 5), (4, 7), (3, 5, 7))
-        )
-        for name, args in (
-            ("envsum", (sense, features)),
-            ("sensesum", (env, features)),
-            ("featsum", (env, sense)),
-        ):
-            got = getattr(backend.kernels, name)(*args, pairs)
-            # At most 15 products of order one per element: 64 roundings are generous.
-            _compare(backend, name, got, getattr(reference, name)(*args, pairs), 1.0)
-
-
-@cache
-def _radial_check(backend: Backend, device: str) -> None:
-    """Apart from the sums: who only calls those does not wait for these to be compiled."""
-    _self_check(backend, device)
-    for dtype in (torch.float32, torch.float64):
-        for name, got, want in known_answers(backend.kernels, device, dtype):
-            # Sums of 21 numbers: 64 roundings of the largest are generous.
-            _compare(backend, name, got, want, float(want.abs().max()))
-
-
-def _compare(backend: Backend, name: str, got: Tensor, want: Tensor, scale: float) -> None:
-    atol = 64 * torch.finfo(got.dtype).eps * scale
-    if not torch.allclose(got.to(want.dtype), want, rtol=0.0, atol=atol):
-        raise BackendError(
-            f"backend {backend.name!r} computes a wrong {name} in {got.dtype} on "
-            f"{got.device.type} (largest difference {float((got - want).abs().max()):.1e}); "
-            "do not use it on this machine, and report this with your versions"
-        )
+        for name, got, want in FAMILIES[family](backend.kernels, device, dtype):
+            # Sums of at most 84 products of order one: 64 roundings of the largest are generous.
+            atol = 64 * torch.finfo(dtype).eps * float(want.abs().max())
+            if not torch.allclose(got.double(), want, rtol=0.0, atol=atol):
+                raise BackendError(
+                    f"backend {backend.name!r} computes a wrong {name} in {dtype} on {device} "
+                    f"(largest difference {float((got - want).abs().max()):.1e}); "
+                    "do not use it on this machine, and report this with your versions"
+                )
 
 
 @cache

@@ -14,7 +14,6 @@ This file knows no backend: the raw kernels come in as a `SumKernels`. Their equ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -125,37 +124,3 @@ def check_radial(r: Tensor, mu: Tensor, sigma: Tensor) -> None:
     if len({x.dtype for x in tensors}) > 1 or r.dtype not in (torch.float32, torch.float64):
         dtypes = ", ".join(str(x.dtype) for x in tensors)
         raise TypeError(f"sensitivity: needs three float32 or three float64 tensors, got {dtypes}")
-
-
-def known_answers(
-    kernels: SumKernels, device: str, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What each kernel computes, and what the reference does in float64, on a small problem.
-
-    19 pairs, one of them beyond the end, and 21 sensitivities: no number of lanes divides them.
-    """
-    generator = torch.Generator().manual_seed(0)
-    grad, rho, alpha, beta = (
-        torch.randn(shape, generator=generator, dtype=dtype).to(device)
-        for shape in ((19, 21), (19,), (21,), (21,))
-    )
-    r = torch.linspace(1.2, 5.1, 19, dtype=dtype, device=device)
-    mu = torch.linspace(1.0, 4.0, 21, dtype=dtype, device=device)
-    sigma = torch.linspace(4.0, 7.0, 21, dtype=dtype, device=device)
-    cutoff = Cutoff(5.5, 5.0)
-    for name, args in (
-        ("sensitivity", (r, mu, sigma, cutoff)),
-        ("sensitivity_slope", (grad, r, mu, sigma, cutoff)),
-        ("sensitivity_curvature", (grad, r, mu, sigma, (rho, alpha, beta), cutoff)),
-    ):
-        got = getattr(kernels, name)(*args)
-        want = getattr(radial_reference, name)(*map(_double, args))
-        together = (got, want) if name != "sensitivity" else ((got,), (want,))
-        for x, y in zip(*together, strict=True):
-            yield name, x, y
-
-
-def _double(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.double()
-    return x if isinstance(x, Cutoff) else tuple(map(_double, x))
