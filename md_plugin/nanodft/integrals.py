@@ -144,7 +144,7 @@ def two_electron_gradient(
         (n_atom, 3) Ha/bohr, on the device of the positions.
 
     Raises:
-        ValueError: wrong shapes or dtypes, or a density matrix that is not symmetric.
+        ValueError: wrong shapes or dtypes, a density matrix that is not symmetric, hyb < 0.
         BackendError: the backend cannot be had.
     """
     name = get_backend(backend, positions.device)
@@ -159,6 +159,8 @@ def two_electron_gradient(
     # Roundings of an SCF are far below; a transposed factor or one triangle only is far above.
     if not torch.allclose(dm, dm.T, rtol=0.0, atol=1e-8 * float(dm.abs().max())):
         raise ValueError("the density matrix is not symmetric")
+    if not hyb >= 0.0:
+        raise ValueError(f"hyb = {hyb} is no fraction of exact exchange")
     _self_check(name, positions.device.type)
     dm = dm.detach().to(positions.device)
     gradient: Tensor = _module(name).two_electron_gradient(

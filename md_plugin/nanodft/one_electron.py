@@ -78,28 +78,25 @@ def kinetic(basis: Basis, positions: Tensor) -> Tensor:
     p = a + b
     separation = positions[pairs.atom[0]] - positions[pairs.atom[1]]
     pa, pb = (-b / p)[:, None] * separation, (a / p)[:, None] * separation
+    # x_A^i x_B^j of each axis: rows 3 i + j
     moments = torch.stack([row[0] for row in expansion(2, 2, pa, pb, (0.5 / p)[:, None])])
-    moments = moments.view(3, 3, *pa.shape)  # x_A^i x_B^j of each axis
-    # (derivative's power, factor): d x^0 = -2 a x^1, d x^1 = x^0 - 2 a x^2
+    # (power, factor) of the derivatives: d x^0 = -2 a x^1, d x^1 = x^0 - 2 a x^2
     terms = [[((1, -2 * e),), ((0, torch.ones_like(e)), (2, -2 * e))] for e in (a, b)]
-    slopes: dict[tuple[int, int], Tensor] = {}
-    for first, second in itertools.product((0, 1), repeat=2):
-        pairs_of = itertools.product(terms[0][first], terms[1][second])
-        parts = [(f * g)[:, None] * moments[i, j] for (i, f), (j, g) in pairs_of]
-        slopes[first, second] = torch.stack(parts).sum(0)
+    slopes = []  # <d x^i|d x^j>: rows 2 i + j
+    for first, second in itertools.product(*terms):
+        pairs_of = itertools.product(first, second)
+        parts = [(f * g)[:, None] * moments[3 * i + j] for (i, f), (j, g) in pairs_of]
+        slopes.append(torch.stack(parts).sum(0))
+    slope = torch.stack(slopes)
     factor = 0.5 * (math.pi / p) ** 1.5 * torch.exp(-a * b / p * (separation**2).sum(-1))
     values = []
     for kind in pairs.classes:
         part = slice(kind.first, kind.last)
-        columns = []
-        for m, n in products(kind.order):
-            column = torch.zeros_like(p[part])
-            for d in range(3):
-                one, two = ((d + k) % 3 for k in (1, 2))
-                rest = moments[m[one], n[one], part, one] * moments[m[two], n[two], part, two]
-                column = column + slopes[m[d], n[d]][part, d] * rest
-            columns.append(column)
-        values.append(kind.coefficients * factor[part, None] * torch.stack(columns, -1))
+        i, j = torch.tensor(products(kind.order), device=p.device).permute(1, 2, 0)
+        x, y, z = (moments[:, part, d][3 * i[d] + j[d]] for d in range(3))
+        dx, dy, dz = (slope[:, part, d][2 * i[d] + j[d]] for d in range(3))
+        value = dx * y * z + x * dy * z + x * y * dz  # (n_prod, n_prim)
+        values.append(kind.coefficients * (factor[part] * value).T)
     return _scatter(basis, pairs.classes, values)
 
 

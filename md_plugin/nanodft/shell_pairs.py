@@ -51,6 +51,7 @@ class PairClass:
         ao: (n_pair, n_prod, 2) functions m, n of a product; -1 where the basis lacks it.
         weight: (n_pair,) float64, 1 for a shell with itself, else 2.
         start: (n_pair + 1,) first primitive pair of each pair, within the class.
+        pair: (n_prim,) the pair of each primitive pair.
         first, last: the class's primitive pairs within `ShellPairs`.
         coefficients: (n_prim, n_prod) c_m c_n.
     """
@@ -59,15 +60,10 @@ class PairClass:
     ao: Tensor
     weight: Tensor
     start: Tensor
+    pair: Tensor
     first: int
     last: int
     coefficients: Tensor
-
-    @property
-    def pair(self) -> Tensor:
-        """(n_prim,) the pair of each primitive pair."""
-        counts = self.start[1:] - self.start[:-1]
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +150,7 @@ def _pair_class(
 ) -> PairClass:
     counts = [len(a.exponents) * len(b.exponents) for a, b in pairs]
     start = torch.tensor([0, *counts]).cumsum(0)
+    weight = torch.tensor([1.0 if a is b else 2.0 for a, b in pairs], dtype=torch.float64)
     coefficients = [
         torch.einsum("mi,nj->ijmn", a.coefficients, b.coefficients).reshape(count, -1)
         for (a, b), count in zip(pairs, counts, strict=True)
@@ -161,10 +158,9 @@ def _pair_class(
     return PairClass(
         order=order,
         ao=torch.tensor([[(m, n) for m in a.ao for n in b.ao] for a, b in pairs]).to(device),
-        weight=torch.tensor([1.0 if a is b else 2.0 for a, b in pairs], dtype=torch.float64).to(
-            device
-        ),
+        weight=weight.to(device),
         start=start.to(device),
+        pair=torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(counts)).to(device),
         first=first,
         last=first + int(start[-1]),
         coefficients=torch.cat(coefficients).to(device),

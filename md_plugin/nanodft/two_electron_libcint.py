@@ -62,7 +62,7 @@ def _block_gradient(
     kets = (0, mole.nbas) * 2
     unique = torch.from_numpy(mole.intor("int2e_ip1", shls_slice=(*shells, *kets), aosym="s2kl"))
     k, l = torch.tril_indices(len(dm), len(dm))
-    gradient = -2 * ((unique @ (dm[k, l] * (2.0 - (k == l).double()))) * dm_mn).sum(2)
+    gradient: Tensor = -2 * ((unique @ (dm[k, l] * (2.0 - (k == l).double()))) * dm_mn).sum(2)
     if hyb:
         # D_mk D_nl and D_ml D_nk give the same: (d_1 m n|k l) is symmetric in k, l
         values = unique.new_empty((*unique.shape[:-1], len(dm), len(dm)))
