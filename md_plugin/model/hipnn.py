@@ -168,7 +168,7 @@ class Hipnn(nn.Module):
     def _components(self, r_ij: Tensor, r: Tensor) -> Tensor:
         if self.config.order == 0:
             return torch.ones_like(r[:, None])
-        r_hat = r_ij / r[:, None]
+        r_hat = r_ij * r.reciprocal()[:, None]  # fewer passes than a quotient, differentiated
         if self.components is None:
             return tensor_components(r_hat, self.config.order)
         found: Tensor = self.components(r_hat)
