@@ -2,7 +2,7 @@
 
     aten operators       that torch dispatches during the call, backward passes included
     bytes per atom       of results of these operators that are new memory, not views
-    numba calls          of functions that numba compiled, from Python
+    numba calls          of functions that numba compiled, from Python, on one thread
 
 Memory that numpy or compiled code allocates is not seen here; `bench_memory` sees all of it.
 """
@@ -65,7 +65,15 @@ def numba_calls() -> Iterator[list[str]]:
 
 
 def count(call: Callable[[], Any], atoms: int) -> dict[str, int]:
-    """Operators, bytes per atom and numba calls of one call, which has run before."""
-    with numba_calls() as names, _Operators() as seen:
-        call()
+    """Operators, bytes per atom and numba calls of one call, which has run before.
+
+    Counted on one thread: torch tells of the operators of the calling thread only.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with numba_calls() as names, _Operators() as seen:
+            call()
+    finally:
+        torch.set_num_threads(threads)
     return {OPERATORS: seen.operators, BYTES: round(seen.bytes / max(atoms, 1)), CALLS: len(names)}

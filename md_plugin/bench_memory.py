@@ -4,9 +4,9 @@
                                        "steps": R, "seed": S}'
 
 The process checks 256 other atoms against float64, builds the structure and its lists, evaluates
-energy and forces R times after a warm-up, and writes one line of JSON: seconds per evaluation, and
-bytes that it held at most during the evaluations beyond what it held before them. So lists and
-other inputs do not count. Memory per atom is a slope between two sizes: constants drop out.
+energy and forces R times after a warm-up, and once more for memory: bytes that it held at most
+during this evaluation beyond what it held before. So lists and other inputs do not count, nor what
+stays between evaluations. Memory per atom is a slope between two sizes: constants drop out.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from md_plugin.bench_core import FLOAT32, HIPPYNN, OURS, Options, Row, peer_abse
 from md_plugin.bench_models import Results
 from md_plugin.bench_process import environment
 from md_plugin.bench_systems import Problem, Twin, aluminium, network, threads_and_kernels
+from md_plugin.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
 
 KINDS = {"fused": "ours, fused", "closed": "ours, closed", "peer": bench_models.PEER}
 SIZES, QUICK_SIZES = (4000, 8000), (108, 256)
+BLOCK = 2**16  # bytes: larger blocks of memory are fresh pages of the system
 LIMIT = 900.0  # s, for one process
 
 
@@ -44,8 +46,8 @@ class Measured:
 
     Attributes:
         atoms: of the structure.
-        seconds: of each evaluation.
-        during: bytes held at most beyond what was held before.
+        seconds: of each timed evaluation.
+        during: bytes held at most in one evaluation beyond what was held before.
         listed: bytes of the neighbour list.
         peak: bytes that the process held at most, whenever.
         error: of energy and forces against float64, relative.
@@ -72,7 +74,7 @@ def memory(options: Options) -> Iterator[Row]:
                 yield Row("memory", what, name, side, peer_absence())
                 continue
             try:
-                small, large = (measure(kind, layers, size, options) for size in sizes)
+                small, large = (measure(kind, layers, n, options, timed=False) for n in sizes)
             except MeasureError as problem:
                 yield Row("memory", what, name, side, f"failed: {problem}")
                 continue
@@ -87,8 +89,10 @@ def slope(small: Measured, large: Measured, name: str = "during") -> float:
     return difference / (large.atoms - small.atoms)
 
 
-def measure(kind: str, layers: int, n_atoms: int, options: Options) -> Measured:
-    """One of `KINDS` at one size.
+def measure(
+    kind: str, layers: int, n_atoms: int, options: Options, *, timed: bool = True
+) -> Measured:
+    """One of `KINDS` at one size; without times where they are not wanted.
 
     Raises:
         MeasureError: the process failed, or took too long.
@@ -97,7 +101,7 @@ def measure(kind: str, layers: int, n_atoms: int, options: Options) -> Measured:
         "kind": kind,
         "layers": layers,
         "atoms": n_atoms,
-        "steps": max(2, min(options.rounds, 2_000_000 // n_atoms)),
+        "steps": max(2, min(options.rounds, 2_000_000 // n_atoms)) if timed else 0,
         "threads": options.threads,
         "seed": options.seed,
     }
@@ -122,7 +126,7 @@ def measure(kind: str, layers: int, n_atoms: int, options: Options) -> Measured:
 def child(task: dict[str, Any]) -> Measured:
     """Build, check, evaluate, and say what it took; see the module."""
     options = Options(threads=task["threads"], seed=task["seed"])
-    with threads_and_kernels(options):
+    with threads_and_kernels(options, peer=task["kind"] == "peer"):
         net = network(task["layers"])
         problem = Problem(aluminium(task["atoms"], task["seed"]), net.rcut)
         potential = Potential(net, dtype="float32")
@@ -134,9 +138,6 @@ def child(task: dict[str, Any]) -> Measured:
         error = bench_models.energy_error(net, small, evaluate(small))
         if not error <= FLOAT32:
             raise ValueError(f"wrong: error {error:.1e}, allowed {FLOAT32:.0e}")
-        _give_back()
-        before, whole_peak = _status("VmRSS"), _status("VmHWM")
-        _reset_peak()
         seconds = []
         for _ in range(task["steps"] + 1):
             start = options.clock()
@@ -145,15 +146,19 @@ def child(task: dict[str, Any]) -> Measured:
             if not bool(forces.isfinite().all()):
                 raise ValueError("wrong: forces are not finite")
             del forces
-        peak = _status("VmHWM")
+        _give_back()
+        before, peak = _status("VmRSS"), _status("VmHWM")
+        _reset_peak()
+        evaluate(problem)
+        during = _status("VmHWM") - before
         pairs, shift = problem.geometry.pairs, problem.geometry.translation
         arrays = [pairs.row_ptr, pairs.sender, *([] if shift is None else [shift])]
         return Measured(
             atoms=len(problem.atoms),
             seconds=seconds[1:],
-            during=max(0, peak - before),
+            during=during,
             listed=sum(a.numel() * a.element_size() for a in arrays),
-            peak=max(peak, whole_peak),
+            peak=max(peak, before + during),
             error=error,
             path=potential.why_not_fused() or "fused",
         )
@@ -183,10 +188,12 @@ def _reset_peak() -> None:
 
 
 def _give_back() -> None:
-    """glibc: freed memory goes back to the system, or its reuse would not be seen."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """glibc: freed memory goes back to the system, now and at once, or its reuse would not show."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(M_MMAP_THRESHOLD, BLOCK)
+        libc.mallopt(M_TRIM_THRESHOLD, BLOCK)
+        libc.malloc_trim(0)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from md_plugin.bench_memory import Measured, MeasureError, measure, slope
 SIZES, QUICK_SIZES = (256, 2048, 16384, 131072, 1_000_000), (108,)
 DOUBLED = 200_000  # atoms, above which the slope is that to the size before, to save time
 FIRST_GUESS = 20_000.0  # bytes per atom of a whole process, until there is a slope
-MEANINGFUL = 16384  # atoms, from where on a slope of the whole process says something
-LOWEST_GUESS = 1000.0  # bytes per atom: a list alone takes 500
+MEANINGFUL = 100_000  # atoms, from where on a slope of the whole process is not one of constants
 RESERVE = 2**30  # bytes that are left to others
 PER_RANK = 2**30  # bytes of a rank of LAMMPS without atoms
 
@@ -48,7 +47,7 @@ def scale(options: Options) -> Iterator[Row]:
         yield finished(row, found[0], other)
         before = found[-1]
         if other is not None and n >= MEANINGFUL:
-            per_atom = max(LOWEST_GUESS, slope(found[0], other, "peak"))
+            per_atom = slope(found[0], other, "peak")
     if options.threads == 1:
         yield from ranks(options, lambda n, k: no_room(n, n * FIRST_GUESS + k * PER_RANK))
 

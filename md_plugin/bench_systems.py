@@ -178,8 +178,8 @@ class Twin:
 
 
 @contextmanager
-def threads_and_kernels(options: Options) -> Iterator[None]:
-    """One block of code with the wanted threads, and hippynn on its numba kernels."""
+def threads_and_kernels(options: Options, *, peer: bool = True) -> Iterator[None]:
+    """One block of code with the wanted threads, and hippynn, if it is there, on numba kernels."""
     import numba
 
     before = torch.get_num_threads(), numba.get_num_threads()
@@ -188,7 +188,7 @@ def threads_and_kernels(options: Options) -> Iterator[None]:
     numba.set_num_threads(wanted)
     torch.set_num_threads(options.threads)
     active = None
-    if not peer_absence():
+    if peer and not peer_absence():
         from hippynn import custom_kernels
 
         active = custom_kernels.CUSTOM_KERNELS_ACTIVE

@@ -90,24 +90,32 @@ class VectorLayer:
     def fused(self) -> Results:
         """Features (n, n_feat), forces (n, 3), dE/dz (n, n_feat)."""
         from md_plugin.kernels import fused_cpu
+        from md_plugin.kernels.workers import one_thread, share, span
         from md_plugin.model.fused_sums import TensorSums
 
         if self._sums is None:
             self._sums = TensorSums(self.interaction, is_first=False)
-        sums, n, n_thread = self._sums, len(self.z), torch.get_num_threads()
+        sums, n = self._sums, len(self.z)
         where = kernel_geometry(self.problem.geometry)
-        found = fused_cpu.Gradients(n, 0, np.float32, n_thread)
-        source, sink = sums.source(self.z), sums.sink(found)
         out, gz = torch.empty_like(self.z), torch.empty_like(self.z)
-        for start in range(0, n, sums.block):
-            rows = slice(start, min(start + sums.block, n))
-            m = sums.mixed(where, source, rows, n_thread).requires_grad_()
-            z = self.z[rows].detach().requires_grad_()
-            features = self.interaction.norms(m) + self.interaction.self_interaction(z)
-            gm, gz[rows] = torch.autograd.grad(features, (m, z), self.g[rows])
-            out[rows] = features.detach()
-            sums.gradient(where, source, gm, sink, start)
-        return out, torch.from_numpy(found.total()[0]), gz + sums.sent(sink)
+        with one_thread() as n_thread:
+            found = fused_cpu.Gradients(n, 0, np.float32, n_thread)
+            source, sink = sums.source(self.z, n_thread), sums.sink(found)
+
+            def work(t: int) -> None:
+                mine, part = sink.part(t), span(n, t, n_thread)
+                for start in range(part.start, part.stop, sums.block):
+                    rows = slice(start, min(start + sums.block, part.stop))
+                    m = self.z.new_empty(rows.stop - start, *sums.shape)
+                    sums.mix(where, source, start, m)
+                    m, z = m.requires_grad_(), self.z[rows].detach().requires_grad_()
+                    features = self.interaction.norms(m) + self.interaction.self_interaction(z)
+                    gm, gz[rows] = torch.autograd.grad(features, (m, z), self.g[rows])
+                    out[rows] = features.detach()
+                    sums.gradient(where, source, gm, mine, start)
+
+            share(work, n_thread)
+            return out, torch.from_numpy(found.total()[0]), gz + sums.sent(sink)
 
     def closed(self, interaction: Any = None, backend: str = "numba") -> Results:
         """The same by autograd, from pair vectors; forces are those on pairs."""
