@@ -153,13 +153,15 @@ def test_electrons_that_do_not_fit():
         energy_forces([2], np.zeros((1, 3)), charge=-2, **SETTINGS)
 
 
-def test_without_pyscf_the_extra_is_named():
-    code = (
-        "import sys; sys.modules['pyscf'] = None\n"
-        "import md_plugin, md_plugin.nanodft\n"
-        "from md_plugin.nanodft import energy_forces\n"
-        "energy_forces([1, 1], [[0, 0, 0], [0, 0, 0.7]])\n"
-    )
+@pytest.mark.parametrize(
+    "call",
+    [
+        "nanodft.energy_forces([1, 1], [[0, 0, 0], [0, 0, 0.7]])",
+        "from md_plugin.nanodft.grid import Grid; Grid.build([1, 1], 0)",
+    ],
+)
+def test_without_pyscf_the_extra_is_named(call):
+    code = f"import sys; sys.modules['pyscf'] = None; from md_plugin import nanodft; {call}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ImportError: nanodft needs PySCF: pip install")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,8 +115,7 @@ def check_level(level: int) -> None:
 
 def _atomic_grid(number: int, level: int) -> tuple[np.ndarray, np.ndarray]:
     """Points (n, 3) in bohr around a free atom, and their volumes (n,) in bohr^3."""
-    from pyscf.dft import gen_grid, radi
-
+    gen_grid, radi = _pyscf_tables()
     period = int(np.searchsorted(_NOBLE, number))
     n_radial = gen_grid.RAD_GRIDS[level, period]
     n_angular = gen_grid.LEBEDEV_ORDER[gen_grid.ANG_ORDER[level, period]]
@@ -131,6 +131,14 @@ def _atomic_grid(number: int, level: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bragg_radii() -> np.ndarray:
-    from pyscf.dft.radi import BRAGG_RADII
+    _, radi = _pyscf_tables()
+    return np.asarray(radi.BRAGG_RADII)
 
-    return np.asarray(BRAGG_RADII)
+
+def _pyscf_tables() -> tuple[Any, Any]:
+    """PySCF's modules of angular and of radial grids."""
+    try:
+        from pyscf.dft import gen_grid, radi
+    except ImportError as error:
+        raise ImportError("nanodft needs PySCF: pip install 'md-plugin[dft]'") from error
+    return gen_grid, radi
