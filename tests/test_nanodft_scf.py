@@ -186,6 +186,36 @@ def test_what_has_not_converged_is_no_result(settings):
         energy_forces(atoms.numbers, atoms.positions, **QUICK, **settings)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_modes_of_torch_do_not_matter(mode, dtype):
+    atoms = cases.displaced("H2O")
+    expected = energy_forces(atoms.numbers, atoms.positions, **QUICK)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with mode():
+            result = energy_forces(atoms.numbers, atoms.positions, **QUICK)
+            assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+    finally:
+        torch.set_default_dtype(default)
+    assert result.energy == expected.energy
+    assert np.array_equal(result.forces, expected.forces)
+
+
+def test_backends_agree_and_are_named():
+    atoms = cases.displaced("HCN")
+    results = [
+        energy_forces(atoms.numbers, atoms.positions, backend=backend, conv_tol_grad=1e-8, **QUICK)
+        for backend in ("torch", "numba", "libcint", "auto")
+    ]
+    assert [r.backend for r in results] == ["torch", "numba", "libcint", "numba"]
+    assert {r.device for r in results} == {"cpu"}
+    for result in results[1:]:
+        assert result.energy == pytest.approx(results[0].energy, abs=1e-8)
+        np.testing.assert_allclose(result.forces, results[0].forces, rtol=0, atol=1e-6)
+
+
 def test_gap_and_dipole_have_their_units_and_signs():
     """Oxygen pulls the electrons: the dipole points from O to the hydrogens; literature 1.85 D."""
     from ase.build import molecule

@@ -142,6 +142,7 @@ class Molecule:
         ValueError, UnsupportedSystem, BackendError: as `energy_forces`.
     """
 
+    @torch.inference_mode(False)  # its tensors could never meet autograd
     def __init__(self, numbers: ArrayLike, settings: Settings):
         self.settings = settings
         self.numbers = check_numbers(numbers)
@@ -157,6 +158,7 @@ class Molecule:
             self._grid = Grid.build(self.numbers, settings.grid_level, self.device)
         self._atoms: Tensor | None = None
 
+    @torch.inference_mode(False)
     def evaluate(self, positions: ArrayLike | Tensor, dm0: Any = None) -> Result:
         """Energy and forces at positions (n_atom, 3), Å; see `energy_forces`.
 

@@ -87,9 +87,10 @@ class GridIntegrals:
         x = self.x.clone().requires_grad_(grid_response)
         with torch.set_grad_enabled(grid_response):
             weights = part.weights(x)
+            energy = weights @ e
         total = torch.zeros_like(self.x)
         if grid_response:
-            (total,) = torch.autograd.grad(weights @ e, x)
+            (total,) = torch.autograd.grad(energy, x)
         weights = weights.detach()
         of_chi = (2 * weights * vrho)[:, None] * half_density
         of_gradient = None
