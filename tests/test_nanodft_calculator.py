@@ -125,7 +125,7 @@ def test_settings_are_parameters():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_live_on_their_own(duplicate):
-    atoms = attached()
+    atoms = attached(xc="b3lyp", grid_level=0)
     forces = atoms.get_forces()
     twin = duplicate(atoms)
     assert np.array_equal(twin.get_forces(), forces)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,8 +76,10 @@ def vwn_rpa(rho: Tensor) -> tuple[Tensor, Tensor]:
 def lyp(rho: Tensor, sigma: Tensor) -> Derivatives:
     """Lee, Yang, Parr, Phys. Rev. B 37, 785 (1988), without second derivatives of the density.
 
-    Miehlich et al., Chem. Phys. Lett. 157, 200 (1989), eq. 2, at equal spin densities; u is
-    rho^(-1/3).
+    Miehlich et al., Chem. Phys. Lett. 157, 200 (1989), eq. 2, at equal spin densities:
+
+        e = -a h [rho + b exp(-c u) (C_F rho - sigma u^5 m)],    u = rho^(-1/3)
+        h = 1 / (1 + d u),    m = (3 + 7 delta) / 72,    delta = u (c + d h)
     """
     a, b, c, d = 0.04918, 0.132, 0.2533, 0.349
     kinetic: float = 0.3 * (3 * math.pi**2) ** (2 / 3)
@@ -151,8 +154,8 @@ class Functional:
 METHODS = {
     "hf": Functional("hf", 1.0, None),
     "svwn": Functional("svwn", 0.0, _svwn),
-    "b3lyp": Functional("b3lyp", 0.2, lambda r, s: _b3lyp(r, s, vwn_rpa), gradient=True),
-    "b3lyp5": Functional("b3lyp5", 0.2, lambda r, s: _b3lyp(r, s, vwn5), gradient=True),
+    "b3lyp": Functional("b3lyp", 0.2, partial(_b3lyp, vwn=vwn_rpa), gradient=True),
+    "b3lyp5": Functional("b3lyp5", 0.2, partial(_b3lyp, vwn=vwn5), gradient=True),
 }
 
 
