@@ -49,6 +49,8 @@ class PairClass:
     Attributes:
         order: highest Hermite order, 0, 1 or 2.
         ao: (n_pair, n_prod, 2) functions m, n of a product; -1 where the basis lacks it.
+        product: (n_pair, n_prod) number of a product among the unique ones m >= n of the whole
+            basis, m (m + 1) / 2 + n; -1 where the basis lacks a function.
         weight: (n_pair,) float64, 1 for a shell with itself, else 2.
         start: (n_pair + 1,) first primitive pair of each pair, within the class.
         pair: (n_prim,) the pair of each primitive pair.
@@ -58,6 +60,7 @@ class PairClass:
 
     order: int
     ao: Tensor
+    product: Tensor
     weight: Tensor
     start: Tensor
     pair: Tensor
@@ -155,9 +158,12 @@ def _pair_class(
         torch.einsum("mi,nj->ijmn", a.coefficients, b.coefficients).reshape(count, -1)
         for (a, b), count in zip(pairs, counts, strict=True)
     ]
+    ao = torch.tensor([[(m, n) for m in a.ao for n in b.ao] for a, b in pairs])
+    high, low = torch.maximum(*ao.unbind(-1)), torch.minimum(*ao.unbind(-1))
     return PairClass(
         order=order,
-        ao=torch.tensor([[(m, n) for m in a.ao for n in b.ao] for a, b in pairs]).to(device),
+        ao=ao.to(device),
+        product=torch.where(low < 0, -1, high * (high + 1) // 2 + low).to(device),
         weight=weight.to(device),
         start=start.to(device),
         pair=torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(counts)).to(device),

@@ -8,8 +8,10 @@ matrix is then within 1e-10 of its largest component.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +32,13 @@ from md_plugin.nanodft.two_electron_parts import (
     parity,
     slopes,
     terms,
-    unique_product,
 )
 
 ERI_CUT = 1e-14
 GRADIENT_CUT = 1e-11
+# Quartets of primitives that one thread does in about 3 ms; on a busy machine waking others may
+# take longer.
+SMALL = 100_000
 
 
 def eri(basis: Basis, positions: Tensor, max_memory: int) -> Tensor:
@@ -44,23 +48,12 @@ def eri(basis: Basis, positions: Tensor, max_memory: int) -> Tensor:
     products = [_wanted_products(t.kind) for t in tables]
     n = basis.n_ao * (basis.n_ao + 1) // 2
     packed = np.zeros((n, n))
-    n_thread = threads()
+    share = _share(sides)
     for i, bra in enumerate(sides):
         for j, ket in enumerate(sides[: i + 1]):
             recursion = _recursion(bra.order, ket.order)
-            arguments = (
-                bra.arrays,
-                ket.arrays,
-                i == j,
-                recursion,
-                products[i],
-                products[j],
-                packed,
-            )
-            if n_thread == 1:  # numba's threads are then never started
-                numba_eri.eri_rows(*arguments, 0, 1)
-            else:
-                numba_eri.eri_threads(*arguments, n_thread)
+            numbers = (products[i], products[j])
+            share(numba_eri, "eri", bra.arrays, ket.arrays, i == j, recursion, *numbers, packed)
     return torch.from_numpy(packed)
 
 
@@ -96,15 +89,29 @@ def _potential(order: int, bra: _Side, sides: list[_Side], dm: np.ndarray, hyb: 
     """Y (n_prim, n_hermite(order + 1), n_prod) of a class of bras; (..., 1) without exchange."""
     n_row = bra.arrays.ao.shape[1] if hyb else 1
     out = np.zeros((len(bra.kept), n_hermite(order + 1), n_row))
-    n_thread = threads()
+    share = _share(sides)
     for ket in sides:
         recursion = _recursion(order + 1, ket.order)
-        arguments = (bra.arrays, ket.arrays, dm, hyb, GRADIENT_CUT, recursion, out)
-        if n_thread == 1:  # numba's threads are then never started
-            numba_gradient.gradient_rows(*arguments, 0, 1)
-        else:
-            numba_gradient.gradient_threads(*arguments, n_thread)
+        both = (bra.arrays, ket.arrays)
+        share(numba_gradient, "gradient", *both, dm, hyb, GRADIENT_CUT, recursion, out)
     return torch.from_numpy(out)
+
+
+def _share(sides: list[_Side]) -> Callable[..., None]:
+    """Calls a kernel for all bras: in this thread alone, or in all that there are.
+
+    One thread calls it directly, and numba's threads are then never started.
+    """
+    small = sum(len(side.kept) for side in sides) ** 2 < SMALL
+    n_thread = 1 if small else threads()
+
+    def call(module: Any, name: str, *arguments: Any) -> None:
+        if n_thread == 1:
+            getattr(module, f"{name}_rows")(*arguments, 0, 1)
+        else:
+            getattr(module, f"{name}_threads")(*arguments, n_thread)
+
+    return call
 
 
 def _sides(tables: tuple[HermitePairs, ...], cut: float) -> list[_Side]:
@@ -131,11 +138,13 @@ def _side(table: HermitePairs, bound: Tensor, part: Tensor) -> _Side:
     return _Side(order, arrays, part)
 
 
+@lru_cache(maxsize=64)
 def _wanted_products(kind: PairClass) -> np.ndarray:
     """(n_pair, n_prod) number of each product; -1 for what a shell with itself has twice."""
     m, n = kind.ao.unbind(-1)
     twice = (kind.weight == 1.0)[:, None] & (m < n)
-    return torch.where(twice, -1, unique_product(kind.ao)).numpy()
+    numbers: np.ndarray = torch.where(twice, -1, kind.product).numpy()
+    return numbers
 
 
 @lru_cache(maxsize=3)

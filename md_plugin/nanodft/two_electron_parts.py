@@ -1,4 +1,4 @@
-"""What the two-electron backends share: bounds, the packing of products, the end of the gradient.
+"""What the two-electron backends share: bounds, signs, the end of the gradient.
 
 As a Coulomb integral is a positive form, |(a|b)| <= sqrt((a|a)) sqrt((b|b)). A primitive pair's
 bound is the sum of that root over its Hermite Gaussians.
@@ -56,12 +56,6 @@ def terms(order: int) -> tuple[tuple[int, ...], ...]:
         )
         for m, n in products(order)
     )
-
-
-def unique_product(ao: Tensor) -> Tensor:
-    """Number of the product of functions m, n (..., 2) among the unique ones; -1 where one is."""
-    high, low = ao.max(-1).values, ao.min(-1).values
-    return torch.where(low < 0, -1, high * (high + 1) // 2 + low)
 
 
 def padded_density(dm: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from md_plugin.nanodft.two_electron_parts import (
     from_slopes,
     padded_density,
     parity,
-    unique_product,
 )
 
 # Peak of (sp sp|sp sp) blocks per quartet of primitives, measured: 1.5 and 5.5 kB. 100 Hermite
@@ -62,7 +61,7 @@ def eri(basis: Basis, positions: Tensor, max_memory: int) -> Tensor:
     # one more row and column take the functions, numbered -1, that the basis lacks
     n = basis.n_ao * (basis.n_ao + 1) // 2 + 1
     packed = positions.new_zeros((n, n))
-    rows = [unique_product(t.kind.ao) for t in tables]
+    rows = [t.kind.product for t in tables]
     for bra, ket in _meetings(tables, max_memory // _BYTES["integrals"]):
         values = _integrals(bra.table, ket.table, bra.owner, ket.owner)
         row, column = rows[bra.index][bra.pairs].flatten(), rows[ket.index][ket.pairs].flatten()
