@@ -19,14 +19,9 @@ from md_plugin.nanodft.numba_kernels import WIDTH, coulomb, jit, parallel_jit, s
 def _expand_bra(bra, b, hermite, sums, out):  # type: ignore[no-untyped-def]
     """out[r, h', k] += sum_h E_h^r hermite[h + h', k] of the bra's primitive b."""
     for r in range(out.shape[0]):
-        n = bra.terms[r, 0]
-        h = bra.terms[r, 1:]
-        e0, e1 = bra.expansion[r, h[0], b], -bra.expansion[r, h[1], b]
-        e2, e3 = bra.expansion[r, h[2], b], bra.expansion[r, h[3], b]
-        # The expansion carries the ket's sign, odd in the p-like terms 1, 2, 3.
-        if n > 2:
-            e2 = -e2 if h[2] < 4 else e2
-            e3 = 0.0 if n == 3 else e3
+        n, h = bra.terms[r, 0], bra.terms[r, 1:]
+        e0, e1 = bra.expansion[r, h[0], b], bra.expansion[r, h[1], b]
+        e2, e3 = bra.expansion[r, h[2], b], bra.expansion[r, h[3], b] if n == 4 else 0.0
         for j in range(sums.shape[1]):
             s0, s1 = sums[h[0], j], sums[h[1], j]
             if n == 1:
@@ -75,8 +70,9 @@ def _meet(bra, i, recursion, space, half):  # type: ignore[no-untyped-def]
 def eri_rows(bra, ket, same, recursion, rows, columns, packed, first, step):  # type: ignore[no-untyped-def]
     """Add to packed (n, n) the integrals of the bras first, first + step, ... with all kets.
 
-    same: both classes are one, and a bra meets kets up to itself. rows, columns (n_pair, n_prod):
-    numbers of the products, -1 for one that is not wanted.
+    The expansion of the ket carries the sign (-1)^h', that of the bra does not. same: both classes
+    are one, and a bra meets kets up to itself. rows, columns (n_pair, n_prod): numbers of the
+    products, -1 for one that is not wanted.
     """
     half = np.empty((bra.terms.shape[0], recursion.sums.shape[1], WIDTH))
     space = scratch(recursion)

@@ -27,7 +27,7 @@ def _gamma(bra, i, ket, j, dm, hyb, gamma):  # type: ignore[no-untyped-def]
     n_row = gamma.shape[1]
     for c in range(ket.ao.shape[1]):
         k, l = ket.ao[j, c, 0], ket.ao[j, c, 1]
-        if n_row == 1 and hyb == 0.0:
+        if hyb == 0.0:
             gamma[c, 0] = weight * dm[k, l]
             largest = max(largest, abs(gamma[c, 0]))
         else:
@@ -98,9 +98,9 @@ def _meet(bra, i, limit, recursion, space, weights, gathered, out):  # type: ign
 def gradient_rows(bra, ket, dm, hyb, threshold, recursion, out, first, step):  # type: ignore[no-untyped-def]
     """Add to Y, out (n_prim, n_hermite, n_row), for the bras first, first + step, ...
 
-    dm has one more row and column of zeros. n_row is n_prod, or 1 without exchange: then Y is the
-    potential of all kets, without the bra's factor of Gamma. Quartets of primitives whose part of
-    the energy is under the threshold are left out.
+    The expansion of the ket carries the sign (-1)^h'. dm has one more row and column of zeros. n_row
+    is n_prod, or 1 without exchange: then Y is the potential of all kets, without the bra's factor
+    of Gamma. Quartets of primitives whose part of the energy is under the threshold are left out.
     """
     n_row, n = out.shape[2], recursion.sums.shape[1] * WIDTH
     weights, gathered = np.empty((n_row, n)), np.empty((2, n))

@@ -49,11 +49,13 @@ def eri(basis: Basis, positions: Tensor, max_memory: int) -> Tensor:
     n = basis.n_ao * (basis.n_ao + 1) // 2
     packed = np.zeros((n, n))
     share = _share(sides)
-    for i, bra in enumerate(sides):
+    for i, side in enumerate(sides):
+        sign = parity(side.order, positions).numpy()
+        bra = side.arrays._replace(expansion=side.arrays.expansion * sign[:, None])
         for j, ket in enumerate(sides[: i + 1]):
-            recursion = _recursion(bra.order, ket.order)
+            recursion = _recursion(side.order, ket.order)
             numbers = (products[i], products[j])
-            share(numba_eri, "eri", bra.arrays, ket.arrays, i == j, recursion, *numbers, packed)
+            share(numba_eri, "eri", bra, ket.arrays, i == j, recursion, *numbers, packed)
     return torch.from_numpy(packed)
 
 
@@ -78,7 +80,7 @@ def two_electron_gradient(
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """Pairs of one class that matter: arrays of the kernels; kept: which of the primitives."""
+    """Pairs of one class that matter: arrays with the sign of a ket; kept: which primitives."""
 
     order: int
     arrays: Pairs
