@@ -98,9 +98,9 @@ def _meet(bra, i, limit, recursion, space, weights, gathered, out):  # type: ign
 def gradient_rows(bra, ket, dm, hyb, threshold, recursion, out, first, step):  # type: ignore[no-untyped-def]
     """Add to Y, out (n_prim, n_hermite, n_row), for the bras first, first + step, ...
 
-    The expansion of the ket carries the sign (-1)^h'. dm has one more row and column of zeros. n_row
-    is n_prod, or 1 without exchange: then Y is the potential of all kets, without the bra's factor
-    of Gamma. Quartets of primitives whose part of the energy is under the threshold are left out.
+    The ket's expansion carries the sign (-1)^h'. dm has one more row and column of zeros. n_row is
+    n_prod, or 1 without exchange: then Y is the potential of all kets, without the bra's factor of
+    Gamma. Quartets of primitives whose part of the energy is under the threshold are left out.
     """
     n_row, n = out.shape[2], recursion.sums.shape[1] * WIDTH
     weights, gathered = np.empty((n_row, n)), np.empty((2, n))
