@@ -15,6 +15,7 @@ from md_plugin.nanodft import integrals
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.boys import boys
 from md_plugin.nanodft.errors import UnsupportedSystem
+from md_plugin.nanodft.hermite import TRIPLES, coulomb
 
 # def2-svp of hydrogen has a p shell alone, HCl and H2O have sp shells and bare s shells.
 SYSTEMS = [("H2", "sto-3g"), ("H2", "def2-svp"), ("H2O", "sto-3g"), ("HCl", "6-31g")]
@@ -53,6 +54,19 @@ def test_boys_function_against_mpmath():
 def test_boys_function_is_differentiable():
     t = torch.tensor([0.01, 0.7, 3.0, 30.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: boys(4, x), t)
+
+
+def test_hermite_integrals_are_derivatives():
+    """R_tuv of order up to 4 against repeated autograd of F_0 = sqrt(pi / T) / 2 erf(sqrt(T))."""
+    alpha = torch.tensor(0.8, dtype=torch.float64)
+    distance = torch.tensor([0.7, -0.4, 1.1], dtype=torch.float64, requires_grad=True)
+    argument = alpha * (distance * distance).sum()
+    first = 0.5 * torch.sqrt(torch.pi / argument) * torch.erf(torch.sqrt(argument))
+    for triple, value in zip(TRIPLES, coulomb(4, alpha, distance), strict=False):
+        slope = first
+        for axis in (d for d in range(3) for _ in range(triple[d])):
+            slope = torch.autograd.grad(slope, distance, create_graph=True)[0][axis]
+        assert abs(float(value - slope)) < 1e-11, triple
 
 
 # ---- one electron --------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ the kets): the kets stream by in blocks. Per thread, in registers:
     Y_h += sum_h' G_h' theta R_{h+h'}
 
 Kets are summed at the end: no atomics, so two runs agree to the last bit. Hermite orders, index
-tables and the recursion are compile-time constants, and everything is unrolled. Where Gamma is a
-product, without exchange, one row serves all products of a bra.
+tables and the recursion are compile-time constants, and everything is unrolled: the first use of an
+installation compiles for about a minute. Where Gamma is a product, without exchange, one row serves
+all products of a bra.
 
 If TRITON_INTERPRET=1 is in the environment when this module is imported, Triton interprets the
 kernel instead, on CPU tensors: slow, for tests. Electron repulsion integrals are torch's.

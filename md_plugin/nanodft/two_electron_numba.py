@@ -3,7 +3,7 @@
 Primitive pairs too far apart to matter are dropped. By their bounds (`two_electron_parts`) what is
 left out is under `ERI_CUT` per quartet of primitives in the integrals, and in the gradient under
 `GRADIENT_CUT` of the energy per quartet; the gradient of HCl, CH4 and C6H6 for a random density
-matrix is then within 1e-10 of its largest component.
+matrix is then within 2e-10 of its largest component.
 """
 
 from __future__ import annotations

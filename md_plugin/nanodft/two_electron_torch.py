@@ -21,11 +21,7 @@ from torch import Tensor
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.hermite import coulomb, sums
 from md_plugin.nanodft.shell_pairs import HermitePairs, hermite_pairs, shell_pairs
-from md_plugin.nanodft.two_electron_parts import (
-    from_slopes,
-    padded_density,
-    parity,
-)
+from md_plugin.nanodft.two_electron_parts import from_slopes, padded_density, parity
 
 # Peak of (sp sp|sp sp) blocks per quartet of primitives, measured: 1.5 and 5.5 kB. 100 Hermite
 # integrals and the half contracted ones are held, with autograd also the levels of the recursion.
