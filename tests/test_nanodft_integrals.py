@@ -66,7 +66,7 @@ def test_hermite_integrals_are_derivatives():
         slope = first
         for axis in (d for d in range(3) for _ in range(triple[d])):
             slope = torch.autograd.grad(slope, distance, create_graph=True)[0][axis]
-        assert abs(float(value - slope)) < 1e-11, triple
+        assert abs(float((value - slope).detach())) < 1e-11, triple
 
 
 # ---- one electron --------------------------------------------------------------------------------
