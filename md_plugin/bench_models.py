@@ -43,6 +43,7 @@ from md_plugin.bench_systems import (
     silver,
 )
 from md_plugin.calculator import HipnnCalculator
+from md_plugin.evaluation import pair_forces_to_atoms
 from md_plugin.hippynn_io import to_hippynn
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
@@ -191,8 +192,7 @@ def peer_step(twin: Any, problem: Problem) -> list[Tensor]:
     pairs = problem.inside[0]
     twin.graph.zero_grad()
     energy, g = twin.evaluate(problem, problem.inside[1].float())
-    forces = g.new_zeros(pairs.n_send, 3).index_add(0, pairs.receiver, g)
-    forces = forces.index_add(0, pairs.sender_long, g, alpha=-1)
+    forces = pair_forces_to_atoms(g, pairs)
     torch.autograd.backward(_loss(energy, forces))
     return [p.grad.permute(0, 2, 1) for p in twin.parameter("int_weights")]
 

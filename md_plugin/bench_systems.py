@@ -24,7 +24,7 @@ from ase.build import bulk
 from torch import Tensor
 
 from md_plugin.bench_core import Options, peer_absence
-from md_plugin.evaluation import Evaluation
+from md_plugin.evaluation import Evaluation, pair_forces_to_atoms
 from md_plugin.hippynn_io import to_hippynn
 from md_plugin.model.config import HipnnConfig
 from md_plugin.model.hipnn import Hipnn
@@ -113,8 +113,7 @@ class Problem:
     def sum_forces(self, gradient: Tensor) -> Tensor:
         """dE/dr_ij (n_pair, 3) of the pairs inside -> forces (n, 3) float64."""
         pairs, g = self.inside[0], gradient.detach().double()
-        forces = torch.zeros(pairs.n_send, 3, dtype=torch.float64)
-        return forces.index_add(0, pairs.receiver, g).index_add(0, pairs.sender_long, g, alpha=-1)
+        return pair_forces_to_atoms(g, pairs)
 
     def notes(self) -> dict[str, Any]:
         """Atoms, cutoff and neighbours, for the JSON file."""

@@ -3,8 +3,9 @@
 numba knows what it keeps by the file of the function, its bytecode, the types of its arguments and
 what its closure holds; of the files that write the code of an `@intrinsic`, or of functions that it
 calls, it knows nothing. So a checksum of those files goes into the closure. (As a default argument
-it would do the same, but numba takes 50 us and more for a call that leaves a default out: its quick
-way into compiled code does not recognise those that were read from disk.)
+it would do the same, but numba tells arguments that were left out apart by their Python class
+alone: once two functions have different defaults, each call of one of them takes the slow way into
+compiled code, 50 to 200 us instead of 1.)
 """
 
 from __future__ import annotations
