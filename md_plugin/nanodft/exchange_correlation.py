@@ -24,8 +24,9 @@ from md_plugin.nanodft.functionals import Functional
 from md_plugin.nanodft.grid import Grid
 from md_plugin.nanodft.orbitals import Orbitals
 
-# Points of a chunk: temporaries stay in a CPU's cache, launches of a GPU are worth it.
-CHUNK = {"cpu": 2048, "cuda": 1 << 17}
+# Temporaries of a chunk of points: near a CPU's cache, and enough work for each launch on a GPU.
+# Half or twice as much costs up to a tenth more (2 MB of L2 per core; water, benzene, six waters).
+CHUNK_BYTES = {"cpu": 32_000_000, "cuda": 2_000_000_000}
 
 
 class GridIntegrals:
@@ -45,7 +46,7 @@ class GridIntegrals:
         self.functional, self.orbitals, self.x = functional, orbitals, x
         n_ao, n_prim = orbitals.contraction.shape[1], len(orbitals.exponents)
         temporaries = 8 * (28 * n_ao + 3 * n_prim) + grid.bytes_per_point()
-        size = max(1, min(CHUNK.get(x.device.type, 2048), max_bytes // 2 // temporaries))
+        size = max(1, min(CHUNK_BYTES[x.device.type], max_bytes // 2) // temporaries)
         self._parts = list(grid.chunks(size))
         self._weights = [part.weights(x) for part in self._parts]
         self._kept: list[Tensor] = []

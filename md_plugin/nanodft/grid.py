@@ -26,8 +26,8 @@ from torch import Tensor
 MAX_LEVEL = 9
 # Last element of each period: the number of radial points depends on the period.
 _NOBLE = (2, 10, 18)
-# Keeps the logarithm finite where an atom has no part of a point; its share is below rounding.
-_SMALLEST_SHARE = 1e-300
+# Keeps logarithm and slope finite where an atom's part of a point is below rounding.
+_SMALLEST_SHARE = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,22 +89,42 @@ class Grid:
     def weights(self, x: Tensor) -> Tensor:
         """(n_grid,) weights w_g in bohr^3, differentiable in the positions x (n_atom, 3), bohr."""
         i, j = self.pairs
-        # (n_atom, n_grid), the point last: the sums below then run along memory
-        distance = (self.points(x) - x[:, None]).norm(dim=-1)
+        # By matrix products, cdist's other way, distances would lose half of their digits.
+        distance = torch.cdist(x, self.points(x), compute_mode="donot_use_mm_for_euclid_dist")
         apart = (x[i] - x[j]).norm(dim=-1)
         mu = (distance[i] - distance[j]) / apart[:, None]
-        t = mu + self.shift[:, None] * (1 - mu * mu)
-        for _ in range(3):
-            t = 0.5 * t * (3 - t * t)
-        log_p = torch.zeros_like(distance)
-        log_p = log_p.index_add(0, i, (0.5 * (1 - t)).clamp(min=_SMALLEST_SHARE).log())
-        log_p = log_p.index_add(0, j, (0.5 * (1 + t)).clamp(min=_SMALLEST_SHARE).log())
+        nu = mu + self.shift[:, None] * (1 - mu * mu)
+        log_i, log_j = _LogShares.apply(nu)  # type: ignore[no-untyped-call]
+        log_p = torch.zeros_like(distance).index_add(0, i, log_i).index_add(0, j, log_j)
         share = log_p.softmax(dim=0).gather(0, self.owner[None])[0]
         return self.volume * share
 
     def bytes_per_point(self) -> int:
         """Memory that `weights` and its derivative need for each point."""
         return 8 * (14 * self.pairs.shape[1] + 12 * int(self.owner.max() + 1) + 8)
+
+
+class _LogShares(torch.autograd.Function):
+    """ln s(nu) and ln s(-nu): a chain of a dozen small steps, whose slope is made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, nu: Tensor) -> tuple[Tensor, Tensor]:
+        needs_slope = ctx.needs_input_grad[0]
+        t, slope = nu, torch.full_like(nu, 0.5) if needs_slope else None
+        for _ in range(3):
+            square = t * t
+            t = t * (0.5 * square).sub_(1.5).neg_()
+            if slope is not None:
+                slope *= square.mul_(-1.5).add_(1.5)
+        near, far = ((1 + sign * t).mul_(0.5).clamp_(min=_SMALLEST_SHARE) for sign in (-1, 1))
+        if slope is not None:
+            ctx.save_for_backward(slope / near, slope / far)
+        return near.log_(), far.log_()
+
+    @staticmethod
+    def backward(ctx: Any, *of_logs: Tensor) -> Tensor:
+        (of_near, of_far), (near, far) = of_logs, ctx.saved_tensors
+        return torch.addcmul(of_far * far, of_near, near, value=-1)
 
 
 def check_level(level: int) -> None:

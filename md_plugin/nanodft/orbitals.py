@@ -28,7 +28,7 @@ class Orbitals:
     Attributes:
         atom: (n_ao,) the atom of each function.
         component: (n_ao,) 0 for Y = 1, and 1, 2, 3 for Y = d_x, d_y, d_z.
-        exponents: (n_prim,) 1/bohr^2, those of all shells.
+        exponents: (n_prim,) 1/bohr^2, those of all shells; where s and p share one, once.
         centre: (n_prim,) the atom of each.
         contraction: (n_prim, n_ao) coefficients c_k.
     """
@@ -51,13 +51,15 @@ class Orbitals:
             first = int(basis.ao[shell])
             contraction[start:stop, first : first + int(n_fun[shell])] = coefficients[:, None]
             start = stop
+        rows = torch.stack([basis.atom.repeat_interleave(n_prim), torch.cat(basis.exponents)], 1)
+        rows, shared = rows.unique(dim=0, return_inverse=True)
         components = [torch.arange(1, 4) if l else torch.tensor([0]) for l in basis.l]
         tables = (
             basis.atom.repeat_interleave(n_fun),
             torch.cat(components),
-            torch.cat(basis.exponents),
-            basis.atom.repeat_interleave(n_prim),
-            contraction,
+            rows[:, 1].contiguous(),
+            rows[:, 0].long(),
+            contraction.new_zeros(len(rows), basis.n_ao).index_add(0, shared, contraction),
         )
         return cls(*(table.to(device) for table in tables))
 
