@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from md_plugin import bench_core, bench_machine, bench_report
-from md_plugin.bench_cases import CASES, CEILINGS, DEFAULT
+from md_plugin.bench_cases import CASES, CEILINGS, DEFAULT, PRECISION
 from md_plugin.bench_core import Options, Row
 from md_plugin.bench_process import CaseError, run_case
 
@@ -109,7 +109,7 @@ class _Run:
                 except CaseError as problem:
                     self.failures.append(str(problem))
                     self.console.print(f"failed: {problem}", style="red", markup=False)
-        title = f"float32, {self.settings[0].rounds} rounds"
+        title = f"{PRECISION.get(name, 'float32')}, {self.settings[0].rounds} rounds"
         self.console.print(bench_report.table(name, rows, title, bench_report.peaks(ceilings)))
         for line in bench_report.sentences(rows):
             self.console.print(line, highlight=False, markup=False)

@@ -24,6 +24,7 @@ from md_plugin import (
     bench_machine,
     bench_memory,
     bench_models,
+    bench_nanodft,
     bench_scale,
 )
 from md_plugin.bench_core import Contest, Options, Row
@@ -41,8 +42,10 @@ CASES: dict[str, Callable[[Options], Iterator[Contest | Row]]] = {
     "silver": bench_models.silver_case,
     "scale": bench_scale.scale,
     "others": bench_lammps.others,
+    "nanodft": bench_nanodft.nanodft,
 }
 DEFAULT = ("sums", "layer", "model", "ase", "lammps", "memory")
+PRECISION = {"nanodft": "float64"}  # others: float32
 CEILINGS = "ceilings"  # of the machine, measured in a process of their own, as a case is
 
 

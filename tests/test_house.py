@@ -118,7 +118,7 @@ ROOMS = {
         "lammps_interface.validate",
     ),
     "matplotlib": ("md_plugin.training_report", "md_plugin.bench*", "md_plugin.demo*"),
-    "pyscf": ("md_plugin.nanodft.basis", "md_plugin.nanodft.grid"),
+    "pyscf": ("md_plugin.nanodft.basis", "md_plugin.nanodft.grid", "md_plugin.bench_nanodft"),
     "lammps": ("lammps_interface.*",),
     "mpi4py": ("lammps_interface.*",),
     "torch": ("*",),
