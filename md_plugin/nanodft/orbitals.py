@@ -52,7 +52,7 @@ class Orbitals:
             contraction[start:stop, first : first + int(n_fun[shell])] = coefficients[:, None]
             start = stop
         rows = torch.stack([basis.atom.repeat_interleave(n_prim), torch.cat(basis.exponents)], 1)
-        rows, shared = rows.unique(dim=0, return_inverse=True)
+        rows, shared = torch.unique(rows, dim=0, return_inverse=True)
         components = [torch.arange(1, 4) if l else torch.tensor([0]) for l in basis.l]
         tables = (
             basis.atom.repeat_interleave(n_fun),
