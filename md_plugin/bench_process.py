@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -58,7 +59,10 @@ def run_case(case: str, options: Options, heard: Callable[[dict[str, Any]], None
 
 @contextmanager
 def started(command: list[str], options: Options) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own, so that an interrupt reaches it once, from here."""
+    """A process in a session of its own, so that an interrupt reaches it once, from here.
+
+    It ends with this block, also where this process is told to terminate.
+    """
     process = subprocess.Popen(
         command,
         env=environment(options.threads),
@@ -67,10 +71,18 @@ def started(command: list[str], options: Options) -> Iterator[subprocess.Popen[s
         text=True,
         start_new_session=True,
     )
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _exit) if main else None
     try:
         yield process
     finally:
         end(process)
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def end(process: subprocess.Popen[str]) -> None:

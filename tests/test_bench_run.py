@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -280,3 +281,23 @@ def test_rows_without_peer_are_drawn(tmp_path):
     bench_report.plot(rows, tmp_path / "a.png", certificate)
     bench_report.plot([], tmp_path / "b.png", certificate)
     assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
+
+
+def test_no_process_is_left_where_the_bench_is_terminated(tmp_path):
+    """A case runs in a session of its own, which a signal to the bench alone does not reach."""
+    code = (
+        "import sys\n"
+        "from md_plugin.bench_core import Options\n"
+        "from md_plugin.bench_process import started\n"
+        "with started([sys.executable, '-c', 'import time; time.sleep(600)'], Options()) as child:\n"
+        "    print(child.pid, flush=True)\n"
+        "    child.wait()\n"
+    )
+    bench = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    child = int(bench.stdout.readline())
+    bench.terminate()
+    assert bench.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

@@ -11,6 +11,7 @@ an argument of every integral, and a Basis serves a whole trajectory.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -136,7 +137,9 @@ def _element_shells(gto: Any, number: int, name: str) -> list[int]:
 
     symbol = ELEMENTS[number]
     try:
-        shells = gto.basis.load(name, symbol)
+        with warnings.catch_warnings():  # PySCF warns of what is raised here
+            warnings.simplefilter("ignore")
+            shells = gto.basis.load(name, symbol)
     except Exception as error:  # PySCF raises whatever its parsers meet
         raise UnsupportedSystem(
             f"PySCF has no basis set {name!r} for {symbol}; {SUPPORTED}"
