@@ -289,7 +289,8 @@ def test_no_process_is_left_where_the_bench_is_terminated(tmp_path):
         "import sys\n"
         "from md_plugin.bench_core import Options\n"
         "from md_plugin.bench_process import started\n"
-        "with started([sys.executable, '-c', 'import time; time.sleep(600)'], Options()) as child:\n"
+        "sleeper = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "with started(sleeper, Options()) as child:\n"
         "    print(child.pid, flush=True)\n"
         "    child.wait()\n"
     )
