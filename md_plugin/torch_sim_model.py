@@ -14,6 +14,7 @@ where the stress is asked for there, each system is evaluated by itself, with a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from md_plugin.batch_neighbours import (
 from md_plugin.checkpoint import load_model
 from md_plugin.evaluation import segment_sum
 from md_plugin.neighbours import NeighbourList
-from md_plugin.potential import Potential
+from md_plugin.potential import DTYPES, Potential
 
 try:
     from torch_sim import SimState
@@ -44,7 +45,8 @@ class HipnnModel(ModelInterface):
 
     Args:
         model: path of a `.hipnn` file, name of a bundled model ("ta"), or a loaded `Potential`
-            (then device, dtype and backend are those of the potential).
+            (then device, dtype and backend are those of the potential). A list of these is a
+            committee, of which the means come back.
         device: "auto" takes CUDA if there is one.
         dtype: "mixed" (float64 states and sums, float32 network), "float64" or "float32".
         backend: kernels; None and "auto" choose by themselves.
@@ -65,7 +67,7 @@ class HipnnModel(ModelInterface):
 
     def __init__(
         self,
-        model: str | Path | Potential,
+        model: str | Path | Potential | Sequence[str | Path | Potential],
         *,
         device: str | torch.device = "auto",
         dtype: str = "mixed",
@@ -77,7 +79,7 @@ class HipnnModel(ModelInterface):
             raise ValueError(f"skin must not be negative, got {skin} Å")
         self.potential = load_model(model, device=device, dtype=dtype, backend=backend)
         self.skin, self.n_builds = skin, 0
-        self._device, self._dtype = self.potential.device, self.potential.geometry_dtype
+        self._device, self._dtype = self.potential.device, DTYPES[self.potential.dtype][0]
         self._compute_forces = self._compute_stress = True
         self._lists: list[NeighbourList] = []
         self._species: Tensor | None = None  # that were checked

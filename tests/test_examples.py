@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from ase.io import read
 from lammps_helpers import BIN, environment, launch, needs_lammps
 
@@ -22,6 +23,18 @@ def test_ase_npt(tmp_path):
     assert len(frames) > 10 and frames[-1].get_stress().shape == (6,)
     assert (tmp_path / "npt.png").stat().st_size > 1000
     assert "neighbour lists built" in done.stdout
+
+
+def test_torch_sim_batch(tmp_path):
+    pytest.importorskip("torch_sim", reason="torch-sim is not installed: extra torch-sim")
+    command = [sys.executable, EXAMPLES / "torch_sim_batch.py", "--steps", 200, "--cells", 2]
+    done = launch([*command, "--device", "cpu", "--output", tmp_path], tmp_path)
+    assert done.returncode == 0, done.stdout
+    kelvin, potential = np.loadtxt(tmp_path / "energy.txt").T
+    # 16 atoms, 0.3 ps: within a fifth of the 3/2 k_B of a harmonic crystal, eV.
+    assert abs(kelvin @ potential / (kelvin @ kelvin) / (1.5 * 8.617e-5) - 1) < 0.2
+    assert (tmp_path / "energy.png").stat().st_size > 1000
+    assert "k_B per atom" in done.stdout and "neighbour lists built" in done.stdout
 
 
 @needs_lammps

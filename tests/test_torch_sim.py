@@ -1,6 +1,8 @@
 """HipnnModel in torch-sim: its validator, our calculator's numbers, lists, dynamics, refusals."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +154,19 @@ def test_a_dictionary_is_a_state_too(model):
     torch.testing.assert_close(found["energy"], model(state)["energy"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("backend", "stress"), WAYS)
+def test_a_committee_gives_its_means(backend, stress):
+    model = HipnnModel([make_potential(backend=backend, seed=k) for k in (0, 1)])
+    model.compute_stress = stress
+    assert_same_as_calculator(model, to_state(periodic_atoms()), periodic_atoms())
+
+
+def test_lonely_atoms(model):
+    lonely = [Atoms("O", [[1.0, 2.0, 3.0]]), Atoms("H", [[0.0, 0.0, 0.0]])]
+    for atoms in (lonely, lonely[:1]):
+        assert_same_as_calculator(model, to_state(atoms), atoms)
+
+
 def test_many_translations_take_the_sums(monkeypatch):
     monkeypatch.setattr(batch_neighbours, "MAX_TRANSLATIONS", 5)
     monkeypatch.setattr(torch_sim_model, "MAX_TRANSLATIONS", 5)
@@ -219,6 +234,26 @@ def test_same_atoms_cut_otherwise_are_another_batch():
     other_one, other_pair = pair[:1], pair[1:] + one
     assert_same_as_calculator(model, to_state([pair, one]), [pair, one])
     assert_same_as_calculator(model, to_state([other_one, other_pair]), [other_one, other_pair])
+
+
+@pytest.mark.parametrize("atoms", [periodic_atoms, slabs, open_atoms])
+def test_a_list_that_fits_is_complete(atoms):
+    """Strain and displacements of any size: where `fits` says so, no close pair is missing."""
+    rcut, rng, fitting = 3.0, torch.Generator().manual_seed(1), 0
+    systems = HipnnModel(make_potential())._translate(to_state(atoms()))
+    neighbours = BatchList(rcut, 0.6)
+    neighbours.build(systems)
+    for _ in range(100):
+        size = float(torch.rand((), generator=rng))
+        strain = torch.eye(3) + 0.1 * size * torch.randn(3, 3, generator=rng)
+        moves = 0.3 * size * torch.randn(systems.positions.shape, generator=rng).double()
+        cell, x = systems.cell @ strain.double(), systems.positions @ strain.double()
+        now = replace(systems, cell=cell, positions=x + moves)
+        if neighbours.fits(now):
+            fitting += 1
+            r = neighbours.geometry(now).r_ij().norm(dim=1)
+            assert int((r < rcut).sum()) == len(search_on_host(now, rcut)[0])
+    assert 5 < fitting < 95
 
 
 @pytest.mark.parametrize("atoms", [periodic_atoms, open_atoms])
@@ -318,6 +353,44 @@ def test_relaxation_through_the_runner_of_torch_sim():
         system=rattled, model=model, optimizer=torch_sim.gradient_descent, max_steps=20
     )
     assert (done.energy < before - 0.01).all()
+
+
+def test_batches_that_change_in_flight():
+    """Relaxed systems leave, others take their place: the same energies as all together."""
+    systems = [tantalum(n) for n in (2, 1, 2, 1, 1)]
+    for k, atoms in enumerate(systems):
+        atoms.rattle(0.02 * (k + 1), seed=k)
+    model = HipnnModel("ta", dtype="float64")
+    batcher = torch_sim.InFlightAutoBatcher(
+        model, memory_scales_with="n_atoms", max_memory_scaler=20
+    )
+    sizes, forward = set(), model.forward
+
+    def counting(state, **kwargs):
+        sizes.add(state.n_systems)
+        return forward(state, **kwargs)
+
+    model.forward = counting
+    relaxed = torch_sim.optimize(
+        system=systems,
+        model=model,
+        optimizer=torch_sim.gradient_descent,
+        autobatcher=batcher,
+        convergence_fn=torch_sim.generate_force_convergence_fn(0.01, include_cell_forces=False),
+        max_steps=400,
+    )
+    assert len(sizes) > 1
+    perfect = HipnnModel("ta", dtype="float64")(to_state([tantalum(1)]))["energy"] / 2
+    # Forces below 0.01 eV/Å against force constants of some 10 eV/Å^2: 1e-5 eV per atom.
+    per_atom = relaxed.energy / relaxed.n_atoms_per_system
+    assert (per_atom - perfect).abs().max() < 1e-4
+
+
+def test_the_block_on_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "torch_sim.md").read_text(encoding="utf-8")
+    names = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["state"].n_systems == 3 and names["state"].energy.isfinite().all()
 
 
 # --- refusals ---------------------------------------------------------------------------------
