@@ -32,7 +32,7 @@ FLOORS = {
         "kernels.numba_products",
         "kernels.simd",
         "kernels.tiles",
-        "kernels.triton_gpu",
+        "kernels.triton_*",
         "kernels.cupy_gpu",
         "kernels.vector_ir",
         "kernels.vector_math",
@@ -105,7 +105,7 @@ ROOMS = {
         "md_plugin.kernels.fused_*",
         "md_plugin.kernels.radial_ir",
     ),
-    "triton": ("md_plugin.kernels.triton_gpu", "md_plugin.nanodft.triton_gpu"),
+    "triton": ("md_plugin.kernels.triton_*", "md_plugin.nanodft.triton_gpu"),
     "cupy": ("md_plugin.kernels.cupy_gpu",),
     "safetensors": ("md_plugin.checkpoint",),
     "hippynn": ("md_plugin.hippynn_io*", "md_plugin.bench*"),
@@ -131,6 +131,8 @@ NO_PACKAGES += ("md_plugin.memory",)
 NO_PACKAGES += ("lammps_interface.entry", "lammps_interface.build")  # run at each start of LAMMPS
 OPTIONAL = ("hippynn", "cupy", "triton", "pyscf", "torch_sim")
 OWN_FILES = ("triton_gpu", "cupy_gpu", "torch_sim_model")  # made of an optional package
+OWN_FILES += ("triton_parts", "triton_radial", "triton_pairs", "triton_layer", "triton_fused")
+OWN_FILES += ("fused_device",)
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 300, 50, 6
 

@@ -11,21 +11,34 @@ float32 accumulates in float32 (never tf32), float64 in float64. Pair indices an
 64-bit inside the kernels: n_pair n_nu and n_recv n_nu n_feat may exceed 2^31. Sizes are runtime
 values and only block sizes are compiled in, so a new neighbour list never compiles anything.
 
-The kernels run on CUDA devices. If TRITON_INTERPRET=1 is in the environment when this module is
-imported, Triton interprets them instead, on CPU tensors too: slow, for tests.
+The sensitivities are in `triton_radial`; where the kernels run, in `triton_parts`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from md_plugin.kernels.triton_parts import DEVICES, on_device, power_of_two
+from md_plugin.kernels.triton_radial import (
+    sensitivity,
+    sensitivity_curvature,
+    sensitivity_slope,
+)
 from md_plugin.pairs import Pairs
+
+__all__ = [
+    "DEVICES",
+    "envsum",
+    "featsum",
+    "sensesum",
+    "sensitivity",
+    "sensitivity_curvature",
+    "sensitivity_slope",
+    "tiles",
+]
 
 # Set, not left to Triton: versions differ in the default, and with it in speed and last bits.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -125,47 +138,23 @@ def _featsum(
     tl.store(features + j * n_feat + f, tl.sum(acc, axis=0), mask=f < n_feat)
 
 
-INTERPRETED = not isinstance(_envsum, triton.JITFunction)
-DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
-
-
 def tiles(name: str, n_nu: int, n_feat: int) -> dict[str, int]:
     """Block sizes of the kernel of one sum.
 
     tl.dot takes no side below 16, and unrolls the summed one in registers (pairs in envsum,
     features in sensesum): 16 terms at a time stay under 150 registers per thread in both dtypes.
     """
-    block_nu, block_f = (
-        min(max(int(triton.next_power_of_2(size)), 16), most)
-        for size, most in ((n_nu, 32), (n_feat, 64))
-    )
+    block_nu, block_f = power_of_two(n_nu, 16, 32), power_of_two(n_feat, 16, 64)
     block_p = {"envsum": 16, "sensesum": 32, "featsum": 32 // block_nu}[name]
     if name == "sensesum":
         block_f = 16
     return {"BLOCK_P": block_p, "BLOCK_NU": block_nu, "BLOCK_F": block_f}
 
 
-def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The context to launch in.
-
-    Raises:
-        ValueError: the kernels cannot reach the tensor's device.
-    """
-    if tensor.device.type not in DEVICES:
-        raise ValueError(
-            f"backend 'triton' computes on CUDA devices, but the tensors are on {tensor.device}; "
-            "choose backend='numba' or 'torch', move the potential to device='cuda', or set "
-            "TRITON_INTERPRET=1 before the start to interpret the kernels on the CPU (slow)"
-        )
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
-
-
 def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
     """(n_pair, n_nu), (n_send, n_feat) -> env (n_recv, n_nu, n_feat)."""
     n_nu, n_feat = sense.shape[1], features.shape[1]
-    with _on_device(sense):
+    with on_device(sense):
         if pairs.n_pair * n_nu * n_feat == 0:
             return sense.new_zeros(pairs.n_recv, n_nu, n_feat)
         env = sense.new_empty(pairs.n_recv, n_nu, n_feat)
@@ -184,7 +173,7 @@ def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
 def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_send, n_feat) -> sense (n_pair, n_nu)."""
     n_nu, n_feat = env.shape[1:]
-    with _on_device(env):
+    with on_device(env):
         if pairs.n_pair * n_nu * n_feat == 0:
             return env.new_zeros(pairs.n_pair, n_nu)
         sense = env.new_empty(pairs.n_pair, n_nu)
@@ -198,7 +187,7 @@ def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
 def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat)."""
     n_nu, n_feat = env.shape[1:]
-    with _on_device(env):
+    with on_device(env):
         if pairs.n_pair * n_nu * n_feat == 0:
             return env.new_zeros(pairs.n_send, n_feat)
         features = env.new_empty(pairs.n_send, n_feat)

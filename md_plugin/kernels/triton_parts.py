@@ -1,0 +1,77 @@
+"""What the Triton kernels share: where they run, and the functions of a distance.
+
+    x = r / rcut        c = cos^2(pi x / 2)        c' = -(pi / rcut) sin(pi x / 2) cos(pi x / 2)
+                        c'' = (pi^2 / (2 rcut^2)) (sin^2(pi x / 2) - cos^2(pi x / 2))
+
+all of them exactly 0 from `end` on. Numbers that float64 must not lose are compiled in: Triton
+passes Python's floats on as float32.
+
+The kernels run on CUDA devices. If TRITON_INTERPRET=1 is in the environment when this module is
+imported, Triton interprets them instead, on CPU tensors too: slow, for tests.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Terms of the Taylor series of sin on [0, pi / 2]: the next one is below 7e-10, or 6e-21.
+SIN_TERMS = {torch.float32: 7, torch.float64: 12}
+
+
+@triton.jit
+def sin_half_pi(x, TERMS: tl.constexpr):
+    """sin(pi x / 2) for 0 <= x <= 1, relative accuracy up to x = 0.
+
+    tl.sin and tl.cos would reduce any argument, in a slow path with a stack frame.
+    """
+    y = x * 1.5707963267948966
+    square = y * y
+    series = 1.0
+    for k in tl.static_range(TERMS - 1, 0, -1):
+        series = 1.0 - square * (1.0 / (2 * k * (2 * k + 1))) * series
+    return y * series
+
+
+@triton.jit
+def cosine_cutoff(r, RCUT: tl.constexpr, END: tl.constexpr, TERMS: tl.constexpr):
+    """c, c' and c'' at distances r."""
+    x = r * (1.0 / RCUT)
+    sine, cosine = sin_half_pi(x, TERMS), sin_half_pi(1.0 - x, TERMS)
+    slope: tl.constexpr = -3.141592653589793 / RCUT
+    inside = r < END
+    c = tl.where(inside, cosine * cosine, 0.0)
+    c1 = tl.where(inside, sine * cosine * slope, 0.0)
+    c2 = tl.where(inside, (sine * sine - cosine * cosine) * (0.5 * slope * slope), 0.0)
+    return c, c1, c2
+
+
+INTERPRETED = not isinstance(cosine_cutoff, triton.JITFunction)
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The context to launch in.
+
+    Raises:
+        ValueError: the kernels cannot reach the tensor's device.
+    """
+    if tensor.device.type not in DEVICES:
+        raise ValueError(
+            f"backend 'triton' computes on CUDA devices, but the tensors are on {tensor.device}; "
+            "choose backend='numba' or 'torch', move the potential to device='cuda', or set "
+            "TRITON_INTERPRET=1 before the start to interpret the kernels on the CPU (slow)"
+        )
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def power_of_two(size: int, least: int, most: int) -> int:
+    """The smallest one that `size` fits into, within bounds."""
+    return min(max(int(triton.next_power_of_2(size)), least), most)
