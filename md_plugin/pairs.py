@@ -177,6 +177,12 @@ class Geometry:
     translation: Tensor | None = None
     translations: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Geometry:
+        """The same on another device; what already is there is not copied."""
+        image = None if self.translation is None else self.translation.to(device)
+        shifts = None if self.translations is None else self.translations.to(device)
+        return Geometry(self.x.to(device), self.pairs.to(device), image, shifts)
+
     def r_ij(self) -> Tensor:
         """(n_pair, 3) float64, x[sender] - x[receiver] + periodic shift, Å."""
         shift = None

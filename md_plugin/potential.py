@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class Potential:
         # Walking through the modules to their parameters would take longer than 50 atoms.
         self._layers = [m._parameters for m in self.model.modules() if m._parameters]
         self._warned_close = False
-        self._moved: tuple[Pairs, Pairs] | None = None  # the last list, and its copy on the device
+        self._moved: tuple[Pairs, Geometry] | None = None  # the last list; on the device
         self._fused: tuple[Any, list[FusedHipnn]] | None = None
 
     @property
@@ -146,49 +147,50 @@ class Potential:
             found = self._evaluate_fused(species, geometry, halo)
             if found is not None:
                 return found
-        r_ij = geometry.r_ij().to(self.device)
+        place = self._on_device(geometry)
+        r_ij = place.r_ij()
         self.check_distances(r_ij)
+        return self.evaluate_pairs(species, place.pairs, r_ij, halo=halo, forces=forces)
+
+    def _on_device(self, geometry: Geometry) -> Geometry:
+        """The geometry where the network is; a list that stays the same is copied once."""
         if self._moved is None or self._moved[0] is not geometry.pairs:
-            self._moved = geometry.pairs, geometry.pairs.to(self.device)
-        return self.evaluate_pairs(species, self._moved[1], r_ij, halo=halo, forces=forces)
+            self._moved = geometry.pairs, geometry.to(self.device)
+        now = replace(geometry, pairs=self._moved[1].pairs, translation=self._moved[1].translation)
+        return now.to(self.device)
 
     def why_not_fused(self) -> str:
         """Why fused inference is not available; "" where it is."""
-        name = get_backend(self.model.backend, self.device).name
-        if name != "numba":
-            return f"the backend is {name!r}, and only 'numba' has fused layers"
-        from md_plugin.model import fusion  # here: it imports numba, which need not be there
+        from md_plugin.model import fusion  # here: it imports numba
 
-        return "; ".join(filter(None, map(fusion.why_not, self.model.parts)))
+        reasons = dict.fromkeys(fusion.why_not(part, self._backend) for part in self.model.parts)
+        return "; ".join(filter(None, reasons))
+
+    @property
+    def _backend(self) -> str:
+        return get_backend(self.model.backend, self.device).name
 
     def _evaluate_fused(
         self, species: Tensor, geometry: Geometry, halo: Halo | None
     ) -> Evaluation | None:
-        """None where the result is not finite: the other path finds out why.
-
-        Not so with a halo, whose exchanges the other ranks would not repeat.
-        """
+        """None where it is not finite, and no other rank waits: the other path finds out why."""
         from md_plugin.model import fusion
 
-        weights = [
-            (p.data_ptr(), p._version)
-            for layer in self._layers
-            for p in layer.values()
-            if p is not None
-        ]
-        if self._fused is None or self._fused[0] != weights:
-            self._fused = weights, [fusion.FusedHipnn(part) for part in self.model.parts]
-        found = [part.evaluate(species, geometry, halo) for part in self._fused[1]]
-        energy, forces, virial = found[0].atom_energy, found[0].forces, found[0].virial
-        for other in found[1:]:
-            energy, forces = energy + other.atom_energy, forces + other.forces
-            virial = virial + other.virial
-        if halo is None and not bool(forces.isfinite().all()):
+        known: list[Any] = [self._backend]
+        for layer in self._layers:
+            known += [(p.data_ptr(), p._version) for p in layer.values() if p is not None]
+        if self._fused is None or self._fused[0] != known:
+            self._fused = known, [fusion.FusedHipnn(m, known[0]) for m in self.model.parts]
+        place, species = self._on_device(geometry), species.to(self.device)
+        parts = [part.evaluate(species, place, halo) for part in self._fused[1]]
+        # Back to where the positions came from: an engine's arrays, or those of a loop on a GPU.
+        found = fusion.total(parts).to(geometry.x.device)
+        if halo is None and not bool(found.forces.isfinite().all()):
             return None
-        self._check_closest(min(f.closest for f in found))
-        total = energy.sum(dim=0, keepdim=True)
-        none = forces.new_zeros(0, 3)
-        return Evaluation(total, energy, None, geometry.pairs, none, sums=(forces, virial))
+        self._check_closest(found.closest)
+        energy, sums = found.atom_energy, (found.forces, found.virial)
+        total, none = energy.sum(dim=0, keepdim=True), found.forces.new_zeros(0, 3)
+        return Evaluation(total, energy, None, geometry.pairs, none, sums=sums)
 
     def evaluate_pairs(
         self,
@@ -275,7 +277,7 @@ class Potential:
         if "r_closest" in self.info and not self._warned_close and r_ij.numel():
             self._check_closest(float(r_ij.square().sum(dim=1).min().sqrt()))
 
-    def _check_closest(self, r: float) -> None:
+    def _check_closest(self, r: float | Tensor) -> None:
         closest = self.info.get("r_closest")
         if closest is not None and not self._warned_close and r < closest:
             self._warned_close = True

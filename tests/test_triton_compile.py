@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,10 +70,62 @@ for sum_name in ("envsum", "sensesum", "featsum"):
                 print(json.dumps(row | resources(asm)))
 """
 
+RADIAL = """
+import json, torch
+from triton_assembly import assembly, findings
+from md_plugin.kernels import triton_radial
+
+for real, dtype, terms in (("fp32", torch.float32, 7), ("fp64", torch.float64, 12)):
+    for name in ("sensitivity", "slope", "curvature"):
+        for capability, n_nu in ((80, 20), (90, 20), (90, 7)):
+            limits = {"RCUT": 6.5, "END": 6.5, "TERMS": terms, "TRAINED": True}
+            kernel = getattr(triton_radial, "_" + name)
+            constants = limits | triton_radial.tiles(n_nu, dtype)
+            constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+            sizes = {"n_pair": 4800, "n_nu": n_nu}
+            asm = assembly(kernel, real, capability, constants, sizes, triton_radial.OPTIONS)
+            row = {"kernel": f"{name} {real} sm_{capability} {n_nu}", "n_nu": n_nu}
+            print(json.dumps(row | findings(asm)))
+"""
+
+LAYERS = """
+import json, torch
+from triton_assembly import assembly, findings
+from md_plugin.kernels import triton_fused, triton_layer
+
+def compile(real, capability, n_comp, n_feat, shifted):
+    dtype = torch.float32 if real == "fp32" else torch.float64
+    for name in ("forward", "backward"):
+        kernel = getattr(triton_layer, name + "_kernel")
+        env = torch.empty(1, n_comp, 20, n_feat, dtype=dtype, device="meta")
+        radial = triton_fused.Radial(env, 6.5, 6.5)
+        constants = triton_fused.options(radial, env, back=name == "backward")
+        launch = ("num_warps", "num_stages", "enable_fp_fusion")
+        options = {key: constants.pop(key) for key in launch}
+        constants |= {"z" if n_feat < 16 else "species": None}
+        if not shifted:
+            constants |= {"translation": None, "translations": None}
+        sizes = {"begin": 16, "n_nu": 20, "n_feat": n_feat}
+        found = findings(assembly(kernel, real, capability, constants, sizes, options))
+        row = {"kernel": f"{name} {real} sm_{capability} {n_comp} x 20 x {n_feat}"}
+        row |= {"name": name, "capability": capability, "n_comp": n_comp, "one_hot": n_feat < 16}
+        print(json.dumps(row | {"real": real} | found))
+
+for real, capability in (("fp32", 80), ("fp32", 90), ("fp64", 90)):
+    compile(real, capability, 1, 64, True)
+    compile(real, capability, 1, 4, False)
+    compile(real, capability, 4, 128, False)
+compile("fp64", 80, 1, 64, False)
+compile("fp32", 80, 9, 64, True)
+compile("fp32", 90, 9, 64, True)
+"""
+
 
 def run_python(code, tmp_path):
     """A fresh interpreter without TRITON_INTERPRET and with an empty Triton cache."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = (str(Path(__file__).parent), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     script = tmp_path / "script.py"  # Triton reads the source of kernels from files
     script.write_text(code)
@@ -83,7 +136,12 @@ def run_python(code, tmp_path):
     return done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="triton's wheel has ptxas on Linux only")
+compiles = pytest.mark.skipif(
+    sys.platform != "linux", reason="triton's wheel has ptxas on Linux only"
+)
+
+
+@compiles
 def test_kernels_compile_for_a100_and_h100(tmp_path):
     rows = [json.loads(line) for line in run_python(COMPILE, tmp_path).splitlines()]
     assert len(rows) == 3 * 2 * 2 * 3
@@ -94,6 +152,43 @@ def test_kernels_compile_for_a100_and_h100(tmp_path):
         assert row["REG"] <= 168, row
         assert not row["tf32"], f"float32 sums are rounded to tf32: {row}"
         assert not row["atomic"], f"the order of additions is not fixed: {row}"
+
+
+@compiles
+def test_sensitivities_compile_for_a100_and_h100(tmp_path):
+    rows = [json.loads(line) for line in run_python(RADIAL, tmp_path).splitlines()]
+    assert len(rows) == 2 * 3 * 3
+    for row in rows:
+        assert row["STACK"] == 0 and row["spill"] == 0, row
+        # Three blocks of 128 threads at once; rows at odd places leave a thread many pairs.
+        assert row["REG"] <= (168 if row["n_nu"] == 20 else 255), row
+        assert row["add"] == 0, f"the order of additions is not fixed: {row}"
+        # 20 sensitivities start at multiples of 16 bytes, 7 do not.
+        assert (row["wide_load"] > 0) == (row["n_nu"] == 20), row
+
+
+@compiles
+def test_fused_layers_compile_for_a100_and_h100(tmp_path):
+    """Matrix instructions, 16 bytes at once to and from features, and nothing in local memory."""
+    rows = [json.loads(line) for line in run_python(LAYERS, tmp_path).splitlines()]
+    assert len(rows) == 2 * (3 * 3 + 3)
+    for row in rows:
+        # Nine components of a quadrupole layer are held at once on the way back, which is too
+        # many registers by some ten; twice that for what other versions of ptxas choose.
+        spilled = 256 if row["n_comp"] == 9 and row["name"] == "backward" else 0
+        assert row["STACK"] <= spilled and (spilled or row["spill"] == 0), row
+        # Two blocks of four warps at once at the least; four of a scalar layer's.
+        scalar = row["n_comp"] == 1 and row["real"] == "fp32"
+        assert row["REG"] <= (168 if scalar else 255), row
+        dots = row["name"] == "forward" or not row["one_hot"]
+        assert (row["matrix"] > 0) == dots, row
+        assert (row["tf32"] > 0) == (dots and row["real"] == "fp32"), row
+        assert row["one_hot"] or row["wide_load"] > 0, row
+        # Forces, 3 of the sender and 3 of the receiver, and the message.
+        scatters = row["name"] == "backward"
+        assert (row["add"] >= (6 if row["one_hot"] else 7)) == scatters, row
+        if scatters and not row["one_hot"] and row["real"] == "fp32" and row["capability"] == 90:
+            assert row["wide_add"] > 0, row
 
 
 def test_cpu_tensors_without_the_interpreter(tmp_path):

@@ -32,15 +32,16 @@ class AtomLayers:
     """Block `number` of a network without its sums over neighbours. Weights are read when made.
 
     Args:
-        model: the network, on the CPU.
+        model: the network; on the CPU unless `plain`.
         number: of the block, from 0.
+        plain: torch's own functions only, for any device.
     """
 
-    def __init__(self, model: Hipnn, number: int):
+    def __init__(self, model: Hipnn, number: int, plain: bool = False):
         layers = [cast(Any, layer) for layer in cast(nn.ModuleList, model.blocks[number])]
-        activation = _activation(model)
+        activation = _activation(model, plain)
         interaction: InteractionLayer = layers[0].layer
-        self.combined = _combined(interaction, model)
+        self.combined = _combined(interaction, model, plain)
         self.needs_z = number > 0  # species have no gradient
         self.inward = [_Linear(interaction.self_interaction)]
         self.inward += [_Linear(layer.layer) for layer in layers[1:]]
@@ -133,11 +134,11 @@ class _Outward:
         return result, pull
 
 
-def _activation(model: Hipnn) -> Activation:
-    """The network's; softplus in float32 by a kernel of its own."""
+def _activation(model: Hipnn, plain: bool) -> Activation:
+    """The network's; softplus in float32 by a kernel of its own, unless `plain`."""
     function: Any = model.activation
-    plain = type(function) is nn.Softplus and function.beta == 1.0
-    if plain and model.encoder.dtype == torch.float32:
+    known = type(function) is nn.Softplus and function.beta == 1.0
+    if known and model.encoder.dtype == torch.float32 and not plain:
         return _softplus
     return lambda h: _differentiated(function, h)
 
@@ -160,12 +161,14 @@ def _differentiated(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Te
     return value.detach(), pull
 
 
-def _combined(interaction: InteractionLayer, model: Hipnn) -> Activation:
+def _combined(interaction: InteractionLayer, model: Hipnn, plain: bool) -> Activation:
     """m (n, C, n_hidden) -> (n, n_hidden): norms or invariants, `md_plugin.model.interaction`."""
     if interaction.mixing is not None:
         return _invariants(interaction.mixing, model)
     if interaction.order == 0:
         return lambda m: (m[:, 0], lambda g: g[:, None])
+    if plain:
+        return lambda m: _differentiated(interaction.norms, m)
     scales = [interaction.vector_scale, getattr(interaction, "quadrupole_scale", None)]
     table = torch.stack([scale.detach() for scale in scales if scale is not None]).numpy()
 

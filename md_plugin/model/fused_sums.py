@@ -1,4 +1,4 @@
-"""The sums over neighbours of one interaction layer, fused, and their gradients.
+"""The sums over neighbours of one interaction layer, fused, and their gradients, on the CPU.
 
     m[i, c, b] = sum_p t_c(p) sum_{nu, a} s_nu(r_p) z[sender(p), a] V[nu, a, b]
 
@@ -11,15 +11,21 @@ s_nu = sum_k G_k M[k, nu], the sums are over G_k, with M V in the place of V.
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import fused_cpu
+from md_plugin.kernels import fused_cpu, fused_rows, fused_tensor_rows
 from md_plugin.kernels.workers import share, span
+from md_plugin.model.hipnn import Hipnn
 from md_plugin.model.radial import N_COMPONENTS
+from md_plugin.pairs import Geometry
+
+logger = logging.getLogger("md_plugin")
 
 # dE/denv of one block of atoms should stay in a core's second-level cache.
 BLOCK_BYTES = 1_500_000
@@ -59,12 +65,12 @@ class Sums(Protocol):
 
 def _table(interaction: Any) -> fused_cpu.RadialTable:
     sensitivity = interaction.sensitivity
-    dtype = np.float32 if sensitivity.mu.dtype == torch.float32 else np.float64
+    dtype = _numpy(sensitivity.mu.dtype)
     mu, sigma = (p.detach().double().numpy() for p in (sensitivity.mu, sensitivity.sigma))
     return fused_cpu.RadialTable.build(mu, sigma, sensitivity.rcut, dtype, end=sensitivity.end)
 
 
-def _weight(interaction: Any) -> Tensor:
+def gaussian_weight(interaction: Any) -> Tensor:
     """V (n, n_in, n_hidden), of Gaussians also where sensitivities are mixed from them."""
     weight: Tensor = interaction.weight.detach()
     matching = interaction.sensitivity.matching
@@ -102,12 +108,98 @@ def _total(sink: Any, weight: Tensor | None = None) -> Tensor:
     return total
 
 
+class Engine(Protocol):
+    """Where the sums of a network are made, as `md_plugin.model.fusion` uses it.
+
+    Attributes:
+        threads: whether threads of Python share the atoms.
+        max_block: atoms that go through the atom layers at once, at most.
+    """
+
+    threads: bool
+    max_block: int
+
+    def where(self, species: Tensor, geometry: Geometry) -> Any:
+        """What the kernels read of atoms and pairs; species (n_send,) int32, as indices."""
+        ...
+
+    def gradients(self, where: Any, dtype: torch.dtype, n_thread: int) -> Any:
+        """What forces and virial of all layers are added to."""
+        ...
+
+    def results(self, found: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Forces (n_send, 3), virial (3, 3) and the distance () of the closest pair."""
+        ...
+
+    def sums(self, interaction: Any, is_first: bool) -> Sums:
+        """Those of one layer."""
+        ...
+
+
+class CpuEngine:
+    """Kernels compiled by numba, threads that share the atoms, activations that stay in cache."""
+
+    threads, max_block = True, 1024
+
+    def __init__(self, model: Hipnn):
+        _announce_compilation(bool(model.config.order))
+
+    def where(self, species: Tensor, geometry: Geometry) -> Any:
+        """See `Engine`."""
+        g = geometry
+        return fused_cpu.geometry(
+            g.x.numpy(),
+            g.pairs.row_ptr.numpy(),
+            g.pairs.sender.numpy(),
+            None if g.translation is None else g.translation.numpy(),
+            None if g.translations is None else g.translations.numpy(),
+            species.numpy(),
+        )
+
+    def gradients(self, where: Any, dtype: torch.dtype, n_thread: int) -> Any:
+        """See `Engine`."""
+        return fused_cpu.Gradients(len(where.x), 0, _numpy(dtype), n_thread)
+
+    def results(self, found: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Engine`."""
+        forces, _, virial = found.total()
+        closest = torch.tensor(found.closest, dtype=torch.float64)
+        return torch.from_numpy(forces), torch.from_numpy(virial), closest
+
+    def sums(self, interaction: Any, is_first: bool) -> Sums:
+        """See `Engine`."""
+        kind = TensorSums if interaction.order else EnvironmentSums
+        sums: Sums = kind(interaction, is_first)
+        return sums
+
+
+def _announce_compilation(tensors: bool) -> None:
+    """Says once per installation why the first evaluation takes longer."""
+    first = fused_rows.forward_species_range
+    if tensors:
+        first = fused_tensor_rows.tensor_forward_range
+    try:
+        index = Path(first._cache._cache_file._index_path)
+    except AttributeError:  # numba has changed inside: no message is lost that matters
+        return
+    if not index.exists():
+        logger.warning(
+            "compiling the fused layers for this CPU: some seconds, once per installation; kept in "
+            "%s",
+            index.parent,
+        )
+
+
+def _numpy(dtype: torch.dtype) -> type:
+    return np.float32 if dtype == torch.float32 else np.float64
+
+
 class EnvironmentSums:
     """Scalar layers: env first."""
 
     def __init__(self, interaction: Any, is_first: bool):
         self.is_first, self.table = is_first, _table(interaction)
-        weight = _weight(interaction)
+        weight = gaussian_weight(interaction)
         self.n_nu, self.n_in, n_hidden = weight.shape
         self.weight = weight.reshape(-1, n_hidden).contiguous()
         self.transposed = self.weight.T.contiguous()
@@ -144,7 +236,7 @@ class TensorSums:
 
     def __init__(self, interaction: Any, is_first: bool):
         self.is_first, self.table = is_first, _table(interaction)
-        weight = _weight(interaction)
+        weight = gaussian_weight(interaction)
         self.n_nu, n_in, n_hidden = weight.shape
         # (n_in, n_nu n_hidden): q of all sensitivities in one product
         self.weight = weight.transpose(0, 1).reshape(n_in, -1).contiguous()
