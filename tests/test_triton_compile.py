@@ -77,7 +77,7 @@ from md_plugin.kernels import triton_radial
 
 for real, dtype, terms in (("fp32", torch.float32, 7), ("fp64", torch.float64, 12)):
     for name in ("sensitivity", "slope", "curvature"):
-        for capability, n_nu in ((80, 20), (90, 20), (90, 7)):
+        for capability, n_nu in ((80, 20), (90, 20), (90, 7))[: 3 if name == "curvature" else 2]:
             limits = {"RCUT": 6.5, "END": 6.5, "TERMS": terms, "TRAINED": True}
             kernel = getattr(triton_radial, "_" + name)
             constants = limits | triton_radial.tiles(n_nu, dtype)
@@ -111,11 +111,12 @@ def compile(real, capability, n_comp, n_feat, shifted):
         row |= {"name": name, "capability": capability, "n_comp": n_comp, "one_hot": n_feat < 16}
         print(json.dumps(row | {"real": real} | found))
 
-for real, capability in (("fp32", 80), ("fp32", 90), ("fp64", 90)):
-    compile(real, capability, 1, 64, True)
-    compile(real, capability, 1, 4, False)
-    compile(real, capability, 4, 128, False)
+compile("fp32", 90, 1, 4, True)
+for capability in (80, 90):
+    compile("fp32", capability, 1, 64, True)
+    compile("fp32", capability, 4, 128, False)
 compile("fp64", 80, 1, 64, False)
+compile("fp64", 90, 4, 128, True)
 compile("fp32", 80, 9, 64, True)
 compile("fp32", 90, 9, 64, True)
 """
@@ -157,7 +158,7 @@ def test_kernels_compile_for_a100_and_h100(tmp_path):
 @compiles
 def test_sensitivities_compile_for_a100_and_h100(tmp_path):
     rows = [json.loads(line) for line in run_python(RADIAL, tmp_path).splitlines()]
-    assert len(rows) == 2 * 3 * 3
+    assert len(rows) == 2 * 7
     for row in rows:
         assert row["STACK"] == 0 and row["spill"] == 0, row
         # Three blocks of 128 threads at once; rows at odd places leave a thread many pairs.
@@ -171,7 +172,7 @@ def test_sensitivities_compile_for_a100_and_h100(tmp_path):
 def test_fused_layers_compile_for_a100_and_h100(tmp_path):
     """Matrix instructions, 16 bytes at once to and from features, and nothing in local memory."""
     rows = [json.loads(line) for line in run_python(LAYERS, tmp_path).splitlines()]
-    assert len(rows) == 2 * (3 * 3 + 3)
+    assert len(rows) == 2 * 9
     for row in rows:
         # Nine components of a quadrupole layer are held at once on the way back, which is too
         # many registers by some ten; twice that for what other versions of ptxas choose.
@@ -183,7 +184,9 @@ def test_fused_layers_compile_for_a100_and_h100(tmp_path):
         dots = row["name"] == "forward" or not row["one_hot"]
         assert (row["matrix"] > 0) == dots, row
         assert (row["tf32"] > 0) == (dots and row["real"] == "fp32"), row
-        assert row["one_hot"] or row["wide_load"] > 0, row
+        # A tile of 16 pairs and 16 features leaves each of 128 threads 8 bytes.
+        small = row["n_comp"] == 9 and row["name"] == "forward"
+        assert row["one_hot"] or small or row["wide_load"] > 0, row
         # Forces, 3 of the sender and 3 of the receiver, and the message.
         scatters = row["name"] == "backward"
         assert (row["add"] >= (6 if row["one_hot"] else 7)) == scatters, row

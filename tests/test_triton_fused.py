@@ -80,14 +80,14 @@ CASES = [
     (4, 9, 20, True),
     (4, 3, 70, False),
     (9, 9, 5, True),
-    (9, 33, 16, False),
+    (9, 17, 16, False),
 ]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("n_comp", "n_nu", "n_feat", "shifted"), CASES)
 def test_layer(fused, dtype, n_comp, n_nu, n_feat, shifted):
-    where, receiver = system(n_nu, 9, 5, 200, shifted)
+    where, receiver = system(n_nu, 9, 5, 120, shifted)
     z = random((len(where.x), n_feat), dtype)
     ge = random((9, n_comp, n_nu, n_feat), dtype, 2)
     parameters = radial_parameters(n_nu, RCUT)
@@ -102,7 +102,7 @@ def test_layer(fused, dtype, n_comp, n_nu, n_feat, shifted):
 @pytest.mark.parametrize(("n_comp", "n_species"), [(1, 1), (1, 3), (4, 3), (9, 20)])
 def test_first_layer(fused, dtype, n_comp, n_species):
     """A histogram over species: the same as one-hot features."""
-    where, receiver = system(5, 9, 5, 200, True)
+    where, receiver = system(5, 9, 5, 120, True)
     where = where._replace(species=where.species % n_species)
     hot = torch.eye(n_species, dtype=dtype, device=DEVICE)[where.species.tolist()]
     ge = random((9, n_comp, 9, n_species), dtype)

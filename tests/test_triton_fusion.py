@@ -10,6 +10,7 @@ from test_fusion import CountingAdjoint, fused, geometry
 from test_physics import BOXES, Domains
 
 from md_plugin.halo import IndexHalo
+from md_plugin.kernels import BackendError
 from md_plugin.model.fusion import FusedHipnn
 from md_plugin.model.hipnn import HipnnSum
 from md_plugin.neighbours import Structure
@@ -132,3 +133,22 @@ def test_no_second_derivatives():
     asked = Geometry(place.x.clone().requires_grad_(), place.pairs)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         FusedHipnn(potential.model, "triton").evaluate(torch.from_numpy(structure.species), asked)
+
+
+@pytest.mark.parametrize("name", ["env", "forces", "messages"])
+def test_a_broken_kernel_is_an_error(name, monkeypatch):
+    from md_plugin.model import fused_device
+
+    def spoiled(where, radial, z, array, *rest):
+        sound[bool(rest)](where, radial, z, array, *rest)
+        target = array if name == "env" else getattr(rest[0], name, None) if rest else None
+        if target is not None and target.numel() and bool(rest) == (name != "env"):
+            target.mul_(1 + 1e-3)
+
+    kernels = fused_device.triton_fused
+    sound = {False: kernels.forward, True: kernels.backward}
+    monkeypatch.setattr(kernels, "forward", spoiled)
+    monkeypatch.setattr(kernels, "backward", spoiled)
+    fused_device.self_check.cache_clear()
+    with pytest.raises(BackendError, match=f"computes wrong {name} of a fused layer"):
+        FusedHipnn(potential_of().model, "triton")

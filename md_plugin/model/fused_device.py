@@ -10,15 +10,19 @@ on the CPU as well, for tests.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import triton_fused
+from md_plugin.kernels import radial_reference, reference, triton_fused
+from md_plugin.kernels.radial_reference import Cutoff
+from md_plugin.kernels.registry import BackendError
 from md_plugin.model.fused_sums import Sums, gaussian_weight
-from md_plugin.model.radial import N_COMPONENTS
-from md_plugin.pairs import Geometry
+from md_plugin.model.hipnn import Hipnn
+from md_plugin.model.radial import N_COMPONENTS, tensor_components
+from md_plugin.pairs import Geometry, Pairs
 
 # dE/denv and env of a block of atoms, beside features, in the 40 to 50 MB of an A100 or H100.
 BLOCK_BYTES = 16_000_000
@@ -28,6 +32,9 @@ class DeviceEngine:
     """Kernels in Triton; atom layers in torch, for as many atoms at once as there are."""
 
     threads, max_block = False, 1 << 18
+
+    def __init__(self, model: Hipnn):
+        self_check(model.encoder.device, model.encoder.dtype, model.config.order)
 
     def where(self, species: Tensor, geometry: Geometry) -> Any:
         """See `fused_sums.Engine`."""
@@ -90,3 +97,62 @@ class DeviceSums:
         """See `fused_sums.Sums`."""
         messages: Tensor = sink.messages
         return messages
+
+
+@cache
+def self_check(device: torch.device, dtype: torch.dtype, order: int) -> None:
+    """Compare the kernels with autograd on a tiny problem, once per device, dtype and order.
+
+    Raises:
+        BackendError: a kernel is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    # Four receivers and a ghost, of which each sees all others; five sensitivities, seven features.
+    receiver, sender = (~torch.eye(5, dtype=torch.bool))[:4].nonzero().unbind(dim=1)
+    pairs, _ = Pairs.from_edges(receiver, sender, 4, 5)
+    species = torch.tensor([0, 2, 1, 2, 0])
+    x, ge, z = normal(5, 3).double(), normal(4, N_COMPONENTS[order], 5, 7), normal(5, 7)
+    mu = torch.linspace(0.8, 2.8, 5).to(dtype)
+    for features in (z, None):
+        sent = torch.eye(7, dtype=dtype)[species] if features is None else z
+        want = _expected(pairs, x, (mu, 2 * mu), sent, ge)
+        there = Geometry(x, pairs).to(device)
+        where = triton_fused.Geometry(
+            there.x, there.pairs.row_ptr, there.pairs.sender, species=species.int().to(device)
+        )
+        radial = triton_fused.Radial.build(mu.to(device), 2 * mu.to(device), 3.5)
+        found = triton_fused.Gradients(where, 7, dtype)
+        on = None if features is None else features.to(device)
+        env = torch.empty_like(ge, device=device)
+        triton_fused.forward(where, radial, on, env)
+        triton_fused.backward(where, radial, on, ge.to(device), found)
+        got = (env, found.forces, found.messages)[: 2 if features is None else 3]
+        for name, a, b in zip(("env", "forces", "messages"), got, want, strict=False):
+            error = float((a.cpu().double() - b).abs().max())
+            if not error <= 64 * torch.finfo(dtype).eps * float(b.abs().max()):
+                raise BackendError(
+                    f"backend 'triton' computes wrong {name} of a fused layer in {dtype} on "
+                    f"{device} (largest difference {error:.1e}); choose backend='torch' on this "
+                    "machine, and report this with your versions"
+                )
+
+
+def _expected(
+    pairs: Pairs, x: Tensor, radial: tuple[Tensor, Tensor], z: Tensor, ge: Tensor
+) -> tuple[Tensor, ...]:
+    """env, forces and dE/dz by the closed sums' reference, in float64."""
+    mu, sigma, z, ge = (t.double() for t in (*radial, z, ge))
+    with torch.enable_grad():
+        x, z = x.clone().requires_grad_(), z.clone().requires_grad_()
+        r_ij = Geometry(x, pairs).r_ij()
+        r = torch.linalg.vector_norm(r_ij, dim=1)
+        sense = radial_reference.sensitivity(r, mu, sigma, Cutoff(3.5, 3.5))
+        order = N_COMPONENTS.index(ge.shape[1])
+        stacked = reference.stack(tensor_components(r_ij / r[:, None], order), sense)
+        env = reference.envsum(stacked, z, pairs).view_as(ge)
+        gx, gz = torch.autograd.grad((env * ge).sum(), (x, z))
+    return env.detach(), -gx, gz

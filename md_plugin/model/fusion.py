@@ -149,7 +149,7 @@ def _engine(model: Hipnn, backend: str) -> Engine:
         return CpuEngine(model)
     from md_plugin.model.fused_device import DeviceEngine  # here: triton need not be installed
 
-    return DeviceEngine()
+    return DeviceEngine(model)
 
 
 @dataclass(frozen=True, eq=False)
