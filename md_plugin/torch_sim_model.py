@@ -121,10 +121,11 @@ class HipnnModel(ModelInterface):
         # torch-sim wraps positions in each step.
         systems, self._fractional = self._translate(state).near(self._fractional)
         fused = not self.potential.why_not_fused()
-        if fused and (self._compute_stress or systems.n_systems == 1):
+        on_host = self._device.type == "cpu"  # where systems have lists of their own
+        if fused and on_host and (self._compute_stress or systems.n_systems == 1):
             energy, forces, virial = self._one_by_one(systems)
         else:
-            energy, forces, virial = self._together(systems, fused)
+            energy, forces, virial = self._together(systems, fused and not self._compute_stress)
         found = {"energy": energy.to(self._dtype)}
         if self._compute_forces:
             found["forces"] = forces.to(self._dtype)

@@ -39,12 +39,11 @@ class DeviceEngine:
     def where(self, species: Tensor, geometry: Geometry) -> Any:
         """See `fused_sums.Engine`."""
         g = geometry
-        images = (g.translation, g.translations)
+        x, rows = g.x.double().contiguous(), (g.pairs.row_ptr, g.pairs.sender)
         if g.translation is None or g.translations is None:
-            images = (None, None)
-        return triton_fused.Geometry(
-            g.x.contiguous(), g.pairs.row_ptr, g.pairs.sender, *images, species
-        )
+            return triton_fused.Geometry(x, *rows, species=species)
+        images = g.translation, g.translations.double().contiguous()
+        return triton_fused.Geometry(x, *rows, *images, species)
 
     def gradients(self, where: Any, dtype: torch.dtype, n_thread: int) -> Any:
         """See `fused_sums.Engine`."""
