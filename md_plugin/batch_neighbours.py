@@ -62,7 +62,8 @@ class Systems:
         system is the same for any reference.
 
         Args:
-            reference: (n_atom, 3) fractional coordinates that an earlier call returned, or None.
+            reference: (n_atom, 3) fractional coordinates that an earlier call returned, or None;
+                1/2 puts atoms into their cell.
 
         Returns:
             The systems, and their fractional coordinates, zero where not periodic.
@@ -75,6 +76,8 @@ class Systems:
         if reference is None or reference.shape != fractional.shape:
             return self, fractional
         images = (fractional - reference).round().nan_to_num(0.0, 0.0, 0.0)
+        for axis in (k for k, periodic in enumerate(self.pbc) if not periodic):
+            images[:, axis] = 0.0
         x = self.positions - _rows_times(images, self.cell[self.system])
         return replace(self, positions=x), fractional - images
 

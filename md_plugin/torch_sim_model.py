@@ -155,6 +155,9 @@ class HipnnModel(ModelInterface):
         potential, neighbours, n = self.potential, self._batch, systems.n_systems
         if not neighbours.fits(systems):
             potential.check_species(systems.species)
+            # Into their cells: atoms that have wandered far would make many images.
+            middle = torch.full_like(systems.positions, 0.5)
+            systems, self._fractional = systems.near(middle)
             neighbours.build(systems)
             self.n_builds += 1
             # Not in each step, where the host would wait for it.

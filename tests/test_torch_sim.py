@@ -208,6 +208,24 @@ def test_lists_are_reused_where_the_engine_wraps(model, atoms):
     assert model.n_builds == built
 
 
+@pytest.mark.parametrize("atoms", [periodic_atoms, slabs])
+def test_atoms_that_wander_far_make_no_more_images(atoms):
+    """Fused inference counts images with two bytes."""
+    state = to_state(atoms())
+    lattice, pbc = state.row_vector_cell[state.system_idx], torch.as_tensor(state.pbc)
+    counts, rng = set(), torch.Generator().manual_seed(2)
+    for size in (0, 1, 100):
+        model, moved = HipnnModel(make_potential(backend="torch")), state.clone()
+        images = torch.randint(-size, size + 1, state.positions.shape, generator=rng) * pbc
+        moved.positions += torch.bmm(images.double()[:, None], lattice)[:, 0]
+        moved.pbc = state.pbc
+        # Positions some hundred Å away have fewer digits.
+        tolerance = {"rtol": 1e-9, "atol": 1e-8}
+        assert_same_as_calculator(model, moved, systems_of(moved, atoms()), tolerance)
+        counts.add(model._batch.n_translations)
+    assert len(counts) == 1
+
+
 def test_lists_are_reused_under_strain(model):
     state = to_state(periodic_atoms())
     model(state)
