@@ -174,10 +174,10 @@ def test_fused_layers_compile_for_a100_and_h100(tmp_path):
     rows = [json.loads(line) for line in run_python(LAYERS, tmp_path).splitlines()]
     assert len(rows) == 2 * 9
     for row in rows:
-        # Nine components of a quadrupole layer are held at once on the way back, which is too
-        # many registers by some ten; twice that for what other versions of ptxas choose.
-        spilled = 256 if row["n_comp"] == 9 and row["name"] == "backward" else 0
-        assert row["STACK"] <= spilled and (spilled or row["spill"] == 0), row
+        # A vector or quadrupole layer holds G of all components at once on the way back: with
+        # triton 3.6 up to 56 and 104 bytes of that go to local memory, with 3.9 0 and 136.
+        known = {1: 0, 4: 64, 9: 256}[row["n_comp"]] if row["name"] == "backward" else 0
+        assert row["STACK"] <= known and (known or row["spill"] == 0), row
         # Two blocks of four warps at once at the least; four of a scalar layer's.
         scalar = row["n_comp"] == 1 and row["real"] == "fp32"
         assert row["REG"] <= (168 if scalar else 255), row
