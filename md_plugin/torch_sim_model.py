@@ -8,8 +8,9 @@ relaxation, automatic batches. It hands over a `SimState`; back go
     stress = (1 / V) dE/d(strain) = -W / V          positive under tension, as in ASE
 
 All systems are one disconnected set of pairs, whose list stays on the device: a step makes the
-host wait for one number, whether the list still holds. Fused inference on CPUs gives one virial:
-where the stress is asked for there, each system is evaluated by itself, with a list of its own.
+host wait to hear whether the list still holds (and, in fused inference, whether the forces are
+finite). Fused inference gives the sum of all virials: where the stress of several systems is asked
+for, CPUs evaluate one after the other, each with a list of its own, and GPUs take the other path.
 """
 
 from __future__ import annotations
@@ -120,12 +121,13 @@ class HipnnModel(ModelInterface):
         """
         # torch-sim wraps positions in each step.
         systems, self._fractional = self._translate(state).near(self._fractional)
-        fused = not self.potential.why_not_fused()
+        fused, alone = not self.potential.why_not_fused(), systems.n_systems == 1
         on_host = self._device.type == "cpu"  # where systems have lists of their own
-        if fused and on_host and (self._compute_stress or systems.n_systems == 1):
+        if fused and on_host and (self._compute_stress or alone):
             energy, forces, virial = self._one_by_one(systems)
         else:
-            energy, forces, virial = self._together(systems, fused and not self._compute_stress)
+            fused = fused and (alone or not self._compute_stress)
+            energy, forces, virial = self._together(systems, fused)
         found = {"energy": energy.to(self._dtype)}
         if self._compute_forces:
             found["forces"] = forces.to(self._dtype)
@@ -151,7 +153,7 @@ class HipnnModel(ModelInterface):
         )
 
     def _together(self, systems: Systems, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """All systems as one set of pairs -> energies, forces, virials."""
+        """All systems as one set of pairs -> energies, forces, virials (if fused, their sum)."""
         potential, neighbours, n = self.potential, self._batch, systems.n_systems
         if not neighbours.fits(systems):
             potential.check_species(systems.species)
@@ -166,7 +168,7 @@ class HipnnModel(ModelInterface):
         if fused and self._compute_forces and neighbours.n_translations <= MAX_TRANSLATIONS:
             result = potential.evaluate_geometry(systems.species, geometry)
             energy = segment_sum(result.atom_energy, systems.system, n)
-            return energy, _or_empty(result.forces), _or_empty(None)
+            return energy, _or_empty(result.forces), _or_empty(result.virial)
         result = potential.evaluate_pairs(
             systems.species,
             geometry.pairs,

@@ -164,6 +164,14 @@ def test_a_committee_gives_its_means(backend, stress):
     assert_same_as_calculator(model, to_state(periodic_atoms()), periodic_atoms())
 
 
+def test_one_system_is_fused_with_its_stress_on_any_device():
+    """What a GPU does, here on the CPU."""
+    model = HipnnModel(make_potential(backend="numba"))
+    systems = model._translate(to_state([to_atoms(triclinic())]))
+    for here, there in zip(model._together(systems, True), model._one_by_one(systems), strict=True):
+        torch.testing.assert_close(here, there, **EXACT)
+
+
 def test_lonely_atoms(model):
     lonely = [Atoms("O", [[1.0, 2.0, 3.0]]), Atoms("H", [[0.0, 0.0, 0.0]])]
     for atoms in (lonely, lonely[:1]):
