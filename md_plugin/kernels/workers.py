@@ -20,15 +20,20 @@ import torch
 def share(work: Callable[[int], None], n_thread: int) -> None:
     """Call work(0) .. work(n_thread - 1), each in a thread in which torch has one thread.
 
-    Returns when all have ended; raises what one of them raised. One alone runs in the caller's.
+    The caller's own thread takes work(0). Returns when all have ended; raises what one of them
+    raised. One alone runs as if it had been called.
     """
     if n_thread == 1:
         work(0)
         return
-    pool = _pool(1 << (n_thread - 1).bit_length(), os.getpid())
-    done = [pool.submit(work, t) for t in range(n_thread)]
-    wait(done)
-    for part in done:
+    pool = _pool(1 << (n_thread - 2).bit_length(), os.getpid())
+    others = [pool.submit(work, t) for t in range(1, n_thread)]
+    try:
+        with one_thread():
+            work(0)
+    finally:
+        wait(others)
+    for part in others:
         part.result()
 
 

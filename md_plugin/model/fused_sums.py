@@ -29,6 +29,7 @@ logger = logging.getLogger("md_plugin")
 
 # dE/denv of one block of atoms should stay in a core's second-level cache.
 BLOCK_BYTES = 1_500_000
+WORTH_SHARING = 2_000_000  # numbers to add; fewer are done before another thread has woken up
 
 
 class Sums(Protocol):
@@ -92,8 +93,8 @@ def _total(sink: Any, weight: Tensor | None = None) -> Tensor:
     """Sum of the messages (n_thread, n_send, n) of all threads, times `weight` where given."""
     messages = torch.from_numpy(sink.messages)
     n_thread, n_send, width = messages.shape
-    if n_thread == 1 and weight is None:
-        return messages[0]
+    if weight is None and (n_thread == 1 or messages.numel() < WORTH_SHARING):
+        return messages[0] if n_thread == 1 else messages.sum(dim=0)
     total = messages.new_empty(n_send, width if weight is None else weight.shape[1])
 
     def work(t: int) -> None:

@@ -29,7 +29,7 @@ from md_plugin.pairs import Geometry
 
 BACKENDS = ("numba", "triton")
 LEAST_BLOCK = 64  # atoms in the sums at once
-ATOMS_PER_THREAD = 128  # fewer are done before another thread has woken up
+ATOMS_PER_THREAD = 256  # fewer are done before another thread has woken up
 
 
 @dataclass(frozen=True, eq=False)
