@@ -16,6 +16,7 @@ import pyscf.gto
 from pyscf.grad.rhf import get_jk
 from test_nanodft_integrals import SYSTEMS, system, worst
 
+from md_plugin.kernels import registry
 from md_plugin.kernels.registry import BackendError
 from md_plugin.nanodft import integrals, two_electron_numba
 from md_plugin.nanodft.basis import Basis
@@ -189,7 +190,7 @@ def test_unknown_and_absent_backends(monkeypatch):
     with pytest.raises(BackendError, match="'numba' computes on cpu, not on cuda"):
         integrals.get_backend("numba", "cuda")
     integrals._absence.cache_clear()
-    monkeypatch.setattr(integrals, "find_spec", lambda name: None if name == "numba" else True)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "numba" else True)
     with pytest.raises(BackendError, match=r"'numba' is not available: .*pip install numba"):
         integrals.get_backend("numba")
     integrals._auto.cache_clear()
@@ -204,13 +205,8 @@ def test_auto_is_numba_on_the_cpu():
 
 def test_a_wrong_kernel_is_an_error_and_not_a_result(monkeypatch):
     basis, x = system("H2", "sto-3g")
-    right = two_electron_numba.slopes
-
-    def wrong(*arguments):
-        slope, force = right(*arguments)
-        return slope, 1.001 * force
-
-    monkeypatch.setattr(two_electron_numba, "slopes", wrong)
+    right = two_electron_numba._potential
+    monkeypatch.setattr(two_electron_numba, "_potential", lambda *given: 1.001 * right(*given))
     integrals._self_check.cache_clear()
     with pytest.raises(BackendError, match="'numba' computes a wrong two_electron_gradient on cpu"):
         gradient(basis, x, random_density(basis), 0.2, "numba")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -133,9 +133,11 @@ def get_backend(name: str, device: torch.device | str = "cpu") -> Backend:
     if name == "auto":
         return _auto(torch.device(device).type)
     if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}. {_inventory()}")
+        raise BackendError(f"unknown backend {name!r}. {inventory(list_backends())}")
     if _absence(name):
-        raise BackendError(f"backend {name!r} is not available: {_absence(name)}. {_inventory()}")
+        raise BackendError(
+            f"backend {name!r} is not available: {_absence(name)}. {inventory(list_backends())}"
+        )
     return _load(name)
 
 
@@ -221,24 +223,37 @@ def _absence(name: str) -> str:
         return ""
     if name == "cupy":
         return "the cupy kernels are not part of this release"
-    if find_spec(name) is None:
-        extra = "pip install 'md-plugin[gpu]'" if name == "triton" else f"pip install {name}"
-        return f"the package {name} is not installed ({extra})"
-    if name == "triton" and not (torch.cuda.is_available() or _triton_interpreted()):
+    return absence(name, lambda: _load(name))
+
+
+def absence(package: str, load: Callable[[], object], extra: str = "") -> str:
+    """Why kernels that need a package cannot be had; "" where they can.
+
+    Args:
+        package: that they import.
+        load: imports them.
+        extra: of this project that installs the package; its own name where empty.
+    """
+    if find_spec(package) is None:
+        extra = "gpu" if package == "triton" else extra
+        wanted = f"'md-plugin[{extra}]'" if extra else package
+        return f"the package {package} is not installed (pip install {wanted})"
+    if package == "triton" and not (torch.cuda.is_available() or triton_interpreted()):
         return "no CUDA device was found (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"
     try:
-        _load(name)
+        load()
     except Exception as error:  # a broken installation is a reason, told in full
         return f"importing it failed: {type(error).__name__}: {error}"
     return ""
 
 
-def _triton_interpreted() -> bool:
+def triton_interpreted() -> bool:
+    """Whether the environment asks for Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
-def _inventory() -> str:
-    state = list_backends()
+def inventory(state: Mapping[str, str]) -> str:
+    """A sentence of what `list_backends` says."""
     present = ", ".join(name for name, reason in state.items() if not reason)
     absent = "; ".join(f"{name}: {reason}" for name, reason in state.items() if reason)
     return f"Available: {present}." + (f" Absent: {absent}." if absent else "")

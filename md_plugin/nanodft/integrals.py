@@ -18,18 +18,16 @@ libcint integral at all. The first use of a kernel on a device compares it with 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from md_plugin.kernels.registry import BackendError
+from md_plugin.kernels.registry import BackendError, absence, inventory, triton_interpreted
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.one_electron import dipole, kinetic, nuclear, overlap
 
@@ -73,9 +71,11 @@ def get_backend(name: str, device: torch.device | str = "cpu") -> str:
     if name == "auto":
         return _auto(kind)
     if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}. {_inventory()}")
+        raise BackendError(f"unknown backend {name!r}. {inventory(list_backends())}")
     if reason := _absence(name):
-        raise BackendError(f"backend {name!r} is not available: {reason}. {_inventory()}")
+        raise BackendError(
+            f"backend {name!r} is not available: {reason}. {inventory(list_backends())}"
+        )
     if kind not in (devices := _devices(name)):
         raise BackendError(
             f"backend {name!r} computes on {' and '.join(devices)}, not on {kind}; "
@@ -223,34 +223,15 @@ def _module(name: str) -> Any:
 
 def _devices(name: str) -> tuple[str, ...]:
     if name == "triton":
-        return ("cuda", "cpu") if _triton_interpreted() else ("cuda",)
+        return ("cuda", "cpu") if triton_interpreted() else ("cuda",)
     return DEVICES[name]
-
-
-def _triton_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
 @cache
 def _absence(name: str) -> str:
-    package = {"libcint": "pyscf"}.get(name, name)
-    if find_spec(package) is None:
-        extra = {"triton": "'md-plugin[gpu]'", "libcint": "'md-plugin[dft]'"}.get(name, package)
-        return f"the package {package} is not installed (pip install {extra})"
-    if name == "triton" and not (torch.cuda.is_available() or _triton_interpreted()):
-        return "no CUDA device was found (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"
-    try:
-        _module(name)
-    except Exception as error:  # a broken installation is a reason, told in full
-        return f"importing it failed: {type(error).__name__}: {error}"
-    return ""
-
-
-def _inventory() -> str:
-    state = list_backends()
-    present = ", ".join(name for name, reason in state.items() if not reason)
-    absent = "; ".join(f"{name}: {reason}" for name, reason in state.items() if reason)
-    return f"Available: {present}." + (f" Absent: {absent}." if absent else "")
+    if name == "libcint":
+        return absence("pyscf", lambda: _module(name), extra="dft")
+    return absence(name, lambda: _module(name))
 
 
 @cache
