@@ -18,6 +18,7 @@ from typing import Any
 
 import numba
 
+# error_model="numpy": the Python model would add zero-division checks that stop vectorisation.
 OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
 
 

@@ -6,14 +6,13 @@ contiguous blocks. Equations: `reference`.
 
 from __future__ import annotations
 
-import numba
 from numba import prange
+
+from md_plugin.kernels.compiled import compiled
 
 # fastmath without nnan/ninf: a NaN in the input must come out as NaN, not as noise.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
-# error_model="numpy": the Python model would add zero-division checks that stop vectorisation.
-_OPTIONS = {"fastmath": _FAST, "cache": True, "error_model": "numpy", "nogil": True}
-_jit, _parallel_jit = numba.njit(**_OPTIONS), numba.njit(parallel=True, **_OPTIONS)
+_jit, _parallel_jit = compiled((), fastmath=_FAST), compiled((), fastmath=_FAST, parallel=True)
 
 
 @_jit

@@ -10,18 +10,22 @@ is linear in the number of pairs.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from md_plugin.kernels.compiled import compiled
+from md_plugin.nanodft import boys
 from md_plugin.nanodft.boys import TABLE_END, TABLE_STEP
 
 WIDTH = 32
+# What `numba_eri` and `numba_gradient` compile holds this file's functions and the table's numbers.
+_FILES = (Path(__file__), Path(boys.__file__))
 # Sums may be reordered, or they are not vectorised.
-OPTIONS = {"cache": True, "error_model": "numpy", "nogil": True}
-OPTIONS["fastmath"] = {"reassoc", "contract", "arcp", "nsz"}
-jit, parallel_jit = numba.njit(**OPTIONS), numba.njit(parallel=True, **OPTIONS)
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+jit = compiled(_FILES, fastmath=_FAST)
+parallel_jit = compiled(_FILES, fastmath=_FAST, parallel=True)
 
 _PER_STEP = 1.0 / TABLE_STEP
 _LAST = round(TABLE_END / TABLE_STEP)
