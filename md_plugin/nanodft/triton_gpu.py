@@ -31,15 +31,13 @@ from torch import Tensor
 from md_plugin.nanodft import boys
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.hermite import n_hermite, steps, sums
-from md_plugin.nanodft.shell_pairs import HermitePairs, hermite_pairs, shell_pairs
+from md_plugin.nanodft.shell_pairs import HermitePairs
 from md_plugin.nanodft.two_electron_parts import (
     bounds,
-    coulomb_only,
-    from_slopes,
+    cut_of_energy,
+    gradient_of,
     kept,
-    padded_density,
     parity,
-    slopes,
     terms,
 )
 from md_plugin.nanodft.two_electron_torch import eri
@@ -220,22 +218,16 @@ def two_electron_gradient(
     basis: Basis, positions: Tensor, dm: Tensor, hyb: float, max_memory: int
 ) -> Tensor:
     """(n_atom, 3) gradient at constant density matrix, Ha/bohr; see `integrals`."""
-    padded = padded_density(dm)
-    with torch.enable_grad():
-        x = positions.detach().requires_grad_()
-        tables = hermite_pairs(shell_pairs(basis, x.device), x)
-    given = []
-    with torch.no_grad():
-        largest = max(float(dm.abs().max()) ** 2, 1e-300)
-        parts = kept(tuple(bounds(t) for t in tables), CUT / largest)
+
+    def potentials(tables, padded):
+        parts = kept(tuple(bounds(t) for t in tables), cut_of_energy(CUT, dm))
         for bra, part in zip(tables, parts, strict=True):
             potential = _of_all_kets(bra, part, tables, parts, padded, hyb)
             if hyb:
                 potential = potential * bra.kind.weight[bra.kind.pair[part], None, None]
-            else:
-                potential = coulomb_only(bra, part, potential, padded)
-            given.append(slopes(bra, part, potential))
-    return from_slopes(tables, x, given)
+            yield part, potential
+
+    return gradient_of(basis, positions, dm, hyb, potentials)
 
 
 def _of_all_kets(bra, part, tables, parts, dm, hyb) -> Tensor:

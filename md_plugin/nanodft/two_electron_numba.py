@@ -11,7 +11,7 @@ with several threads for 20 s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,12 +28,10 @@ from md_plugin.nanodft.numba_kernels import Pairs, Recursion
 from md_plugin.nanodft.shell_pairs import HermitePairs, PairClass, hermite_pairs, shell_pairs
 from md_plugin.nanodft.two_electron_parts import (
     bounds,
-    coulomb_only,
-    from_slopes,
+    cut_of_energy,
+    gradient_of,
     kept,
-    padded_density,
     parity,
-    slopes,
     terms,
 )
 
@@ -66,19 +64,15 @@ def two_electron_gradient(
     basis: Basis, positions: Tensor, dm: Tensor, hyb: float, max_memory: int
 ) -> Tensor:
     """(n_atom, 3) gradient at constant density matrix, Ha/bohr; see `integrals`."""
-    padded = padded_density(dm)
-    with torch.enable_grad():
-        x = positions.detach().requires_grad_()
-        tables = hermite_pairs(shell_pairs(basis, x.device), x)
-    given = []
-    with torch.no_grad():
-        sides = _sides(tables, GRADIENT_CUT / max(float(dm.abs().max()) ** 2, 1e-300))
-        for table, bra in zip(tables, sides, strict=True):
-            potential = _potential(table.kind.order, bra, sides, padded.numpy(), hyb)
-            if not hyb:
-                potential = coulomb_only(table, bra.kept, potential, padded)
-            given.append(slopes(table, bra.kept, potential))
-    return from_slopes(tables, x, given)
+
+    def potentials(
+        tables: tuple[HermitePairs, ...], padded: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        sides = _sides(tables, cut_of_energy(GRADIENT_CUT, dm))
+        for bra in sides:
+            yield bra.kept, _potential(bra.order, bra, sides, padded.numpy(), hyb)
+
+    return gradient_of(basis, positions, dm, hyb, potentials)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,17 @@ E_h Y_{h+1}; autograd takes both through the tables of pairs, which are small, t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.hermite import TRIPLES, n_hermite, sums
-from md_plugin.nanodft.shell_pairs import HermitePairs, products
+from md_plugin.nanodft.shell_pairs import HermitePairs, hermite_pairs, products, shell_pairs
+
+Potentials = Callable[[tuple[HermitePairs, ...], Tensor], Iterable[tuple[Tensor, Tensor]]]
 
 
 def bounds(table: HermitePairs) -> Tensor:
@@ -89,6 +93,32 @@ def slopes(table: HermitePairs, part: Tensor, potential: Tensor) -> tuple[Tensor
     for axis in range(3):
         force[part, axis] = (expansion * potential[:, raised[:, 1 + axis]]).sum((1, 2))
     return slope, force
+
+
+def gradient_of(
+    basis: Basis, positions: Tensor, dm: Tensor, hyb: float, potentials: Potentials
+) -> Tensor:
+    """(n_atom, 3) gradient at constant density matrix, Ha/bohr, of a kernel that gives Y.
+
+    potentials(tables, padded density matrix) gives for each class the primitive pairs that matter
+    and their Y; without exchange Y has one column, which still lacks the bra's factor.
+    """
+    padded = padded_density(dm)
+    with torch.enable_grad():
+        x = positions.detach().requires_grad_()
+        tables = hermite_pairs(shell_pairs(basis, x.device), x)
+    given = []
+    with torch.no_grad():
+        for table, (part, potential) in zip(tables, potentials(tables, padded), strict=True):
+            if not hyb:
+                potential = coulomb_only(table, part, potential, padded)
+            given.append(slopes(table, part, potential))
+    return from_slopes(tables, x, given)
+
+
+def cut_of_energy(cut: float, dm: Tensor) -> float:
+    """The cut for integrals where `cut` is that of energies: over the largest D^2."""
+    return cut / max(float(dm.abs().max()) ** 2, 1e-300)
 
 
 def from_slopes(
