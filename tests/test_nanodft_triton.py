@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,32 +25,15 @@ def test_triton_against_torch(name, hyb):
 
 
 COMPILE = """
-import json, os, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json, re
+from triton_assembly import assembly, findings
 from md_plugin.nanodft import triton_gpu
 
-TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-KINDS = {"n_bra": "i32", "n_ket": "i32", "n_dm": "i32"}
-KINDS |= {name: "*i64" for name in ("bra_pair", "bra_ao", "ket_pair", "ket_ao")}
 kernel, constants = triton_gpu._potential, triton_gpu.constants(2, 1, True)
-source = ASTSource(
-    fn=kernel,
-    signature={
-        n: "constexpr" if n in constants else KINDS.get(n, "*fp64") for n in kernel.arg_names
-    },
-    constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-)
+sizes = {"n_bra": 41, "n_ket": 57, "n_dm": 7}
 for capability in (80, 90):
-    target = GPUTarget("cuda", capability, 32)
-    asm = triton.compile(source, target=target, options=triton_gpu._OPTIONS).asm
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        tool = [os.path.join(TOOLS, "cuobjdump"), "-res-usage", file.name]
-        text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    row = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\\d+)", text)}
+    asm = assembly(kernel, "fp64", capability, constants, sizes, triton_gpu._OPTIONS)
+    row = findings(asm)
     row["single"] = re.findall(r"[a-z.]+\\.f32", asm["ptx"])
     row["atomic"] = ".red." in asm["ptx"] or "atom." in asm["ptx"]
     print(json.dumps(row))
@@ -61,6 +45,8 @@ def test_the_kernel_compiles_for_a100_and_h100(tmp_path):
     """(sp s|sp s); (sp sp|sp sp) takes a minute and spills 384 bytes."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    paths = (str(Path(__file__).parent), environment.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
     )

@@ -15,59 +15,23 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 COMPILE = """
-import json, os, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import json
+from triton_assembly import assembly, findings
 from md_plugin.kernels import triton_gpu
 
-TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-POINTERS = {"receiver": "*i64"}
-POINTERS |= {name: "*i32" for name in ("row_ptr", "sender", "col_ptr", "perm")}
-
-def compiled(sum_name, real, capability, n_nu, n_feat):
-    kernel = getattr(triton_gpu, "_" + sum_name)
-    # As Triton's launcher does: a size of one is compiled in, multiples of 16 are known as such.
-    sizes = {"n_nu": n_nu, "n_feat": n_feat}
-    constants = triton_gpu.tiles(sum_name, n_nu, n_feat)
-    constants |= {name: size for name, size in sizes.items() if size == 1}
-    signature = {
-        name: "constexpr" if name in constants
-        else "i32" if name in ("n_nu", "n_feat")
-        else POINTERS.get(name, "*" + real)
-        for name in kernel.arg_names
-    }
-    position = kernel.arg_names.index
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(position(name),): value for name, value in constants.items()},
-        attrs={
-            (position(name),): [["tt.divisibility", 16]]
-            for name, kind in signature.items()
-            if kind.startswith("*") or (kind == "i32" and sizes[name] % 16 == 0)
-        },
-    )
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=triton_gpu._OPTIONS).asm
-
-def resources(asm):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        tool = [os.path.join(TOOLS, "cuobjdump"), "-res-usage", file.name]
-        text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    return {k: int(v) for k, v in re.findall(r"(REG|STACK):(\\d+)", text)}
-
 for sum_name in ("envsum", "sensesum", "featsum"):
+    kernel = getattr(triton_gpu, "_" + sum_name)
     for real in ("fp32", "fp64"):
         for capability in (80, 90):
             for n_nu, n_feat in ((20, 64), (7, 41), (1, 1)):
-                asm = compiled(sum_name, real, capability, n_nu, n_feat)
+                sizes = {"n_nu": n_nu, "n_feat": n_feat}
+                tiles = triton_gpu.tiles(sum_name, n_nu, n_feat)
+                asm = assembly(kernel, real, capability, tiles, sizes, triton_gpu.OPTIONS)
                 row = {"kernel": f"{sum_name} {real} sm_{capability} {n_nu} x {n_feat}"}
+                row |= findings(asm)
                 row["tf32"] = "tf32" in asm["ptx"]
                 row["atomic"] = ".red." in asm["ptx"] or "atom." in asm["ptx"]
-                print(json.dumps(row | resources(asm)))
+                print(json.dumps(row))
 """
 
 RADIAL = """

@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-INTEGERS = {"receiver": "*i64", "translation": "*i16"}
+INTEGERS = {"translation": "*i16"}
+INTEGERS |= {n: "*i64" for n in ("receiver", "bra_pair", "bra_ao", "ket_pair", "ket_ao")}
 INTEGERS |= {name: "*i32" for name in ("row_ptr", "sender", "col_ptr", "perm", "species")}
 DOUBLES = ("x", "translations", "forces", "virials")
 

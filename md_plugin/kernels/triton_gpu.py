@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from md_plugin.kernels.triton_parts import DEVICES, on_device, power_of_two
+from md_plugin.kernels.triton_parts import DEVICES, OPTIONS, on_device, power_of_two
 from md_plugin.kernels.triton_radial import (
     sensitivity,
     sensitivity_curvature,
@@ -39,9 +39,6 @@ __all__ = [
     "sensitivity_slope",
     "tiles",
 ]
-
-# Set, not left to Triton: versions differ in the default, and with it in speed and last bits.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -165,7 +162,7 @@ def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
             triton.cdiv(n_nu, tile["BLOCK_NU"]),
         )
         _envsum[grid](
-            sense, features, pairs.row_ptr, pairs.sender, env, n_nu, n_feat, **tile, **_OPTIONS
+            sense, features, pairs.row_ptr, pairs.sender, env, n_nu, n_feat, **tile, **OPTIONS
         )
     return env
 
@@ -179,7 +176,7 @@ def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
         sense = env.new_empty(pairs.n_pair, n_nu)
         tile = tiles("sensesum", n_nu, n_feat)
         _sensesum[(pairs.n_recv, triton.cdiv(n_nu, tile["BLOCK_NU"]))](
-            env, features, pairs.row_ptr, pairs.sender, sense, n_nu, n_feat, **tile, **_OPTIONS
+            env, features, pairs.row_ptr, pairs.sender, sense, n_nu, n_feat, **tile, **OPTIONS
         )
     return sense
 
@@ -194,6 +191,6 @@ def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
         tile = tiles("featsum", n_nu, n_feat)
         index = (pairs.col_ptr, pairs.perm, pairs.receiver)
         _featsum[(pairs.n_send, triton.cdiv(n_feat, tile["BLOCK_F"]))](
-            env, sense, *index, features, n_nu, n_feat, **tile, **_OPTIONS
+            env, sense, *index, features, n_nu, n_feat, **tile, **OPTIONS
         )
     return features

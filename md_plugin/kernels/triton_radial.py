@@ -19,11 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from md_plugin.kernels.radial_reference import FAR, Cutoff, Direction, Gradients
-from md_plugin.kernels.triton_parts import SIN_TERMS, cosine_cutoff, on_device, power_of_two
+from md_plugin.kernels.triton_parts import (
+    OPTIONS,
+    SIN_TERMS,
+    cosine_cutoff,
+    on_device,
+    power_of_two,
+)
 
 _LIMIT = tl.constexpr(FAR / 0.6931471805599453)  # of powers of two
-
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
