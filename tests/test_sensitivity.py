@@ -217,6 +217,15 @@ def test_distances():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_cutoffs_in_turn(backend, dtype):
+    """What one model's cutoff leaves behind must not reach the next."""
+    _, r, mu, sigma, _ = problem(17, 5, dtype)
+    for cutoff in (CUTOFF, Cutoff(5.0, 4.1), Cutoff(1.0 / 0.1571, 6.0), CUTOFF):
+        want = reference.sensitivity(*(x.double() for x in (r, mu, sigma)), cutoff)
+        assert_close(backend.sensitivity(r, mu, sigma, cutoff), want, dtype, PLAIN)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_zeros(backend, dtype):
     """From the end on, and far from the centre: sums skip them."""
     r = torch.tensor([2.0, 5.499, 5.5, 5.9, 6.0, 70.0], dtype=dtype)

@@ -42,13 +42,14 @@ from md_plugin.kernels import triton_radial
 for real, dtype, terms in (("fp32", torch.float32, 7), ("fp64", torch.float64, 12)):
     for name in ("sensitivity", "slope", "curvature"):
         for capability, n_nu in ((80, 20), (90, 20), (90, 7))[: 3 if name == "curvature" else 2]:
-            limits = {"RCUT": 6.5, "END": 6.5, "TERMS": terms, "TRAINED": True}
+            options = {"TERMS": terms, "TRAINED": True}
             kernel = getattr(triton_radial, "_" + name)
-            constants = limits | triton_radial.tiles(n_nu, dtype)
+            constants = options | triton_radial.tiles(n_nu, dtype)
             constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-            sizes = {"n_pair": 4800, "n_nu": n_nu}
+            sizes = {"n_pair": 4801, "n_nu": n_nu}
             asm = assembly(kernel, real, capability, constants, sizes, triton_radial.OPTIONS)
             row = {"kernel": f"{name} {real} sm_{capability} {n_nu}", "n_nu": n_nu}
+            row["compiled_in"] = [x.name for x in kernel.params if x.is_constexpr]
             print(json.dumps(row | findings(asm)))
 """
 
@@ -128,6 +129,8 @@ def test_sensitivities_compile_for_a100_and_h100(tmp_path):
         # Three blocks of 128 threads at once; rows at odd places leave a thread many pairs.
         assert row["REG"] <= (168 if row["n_nu"] == 20 else 255), row
         assert row["add"] == 0, f"the order of additions is not fixed: {row}"
+        # Nothing of a model but its number of sensitivities.
+        assert set(row["compiled_in"]) <= {"TERMS", "TRAINED", "ALIGN", "BLOCK_P", "BLOCK_NU"}
         # 20 sensitivities start at multiples of 16 bytes, 7 do not.
         assert (row["wide_load"] > 0) == (row["n_nu"] == 20), row
 

@@ -42,15 +42,18 @@ def sin_half_pi(x, TERMS: tl.constexpr):
 
 
 @triton.jit
-def cosine_cutoff(r, RCUT: tl.constexpr, END: tl.constexpr, TERMS: tl.constexpr):
-    """c, c' and c'' at distances r."""
+def cosine_cutoff(r, RCUT, END, TERMS: tl.constexpr):
+    """c, c' and c'' at distances r; RCUT and END compiled in, or loaded, in the dtype of r.
+
+    No constant has a name of its own: Triton would make it float32.
+    """
     x = r * (1.0 / RCUT)
     sine, cosine = sin_half_pi(x, TERMS), sin_half_pi(1.0 - x, TERMS)
-    slope: tl.constexpr = -3.141592653589793 / RCUT
     inside = r < END
     c = tl.where(inside, cosine * cosine, 0.0)
-    c1 = tl.where(inside, sine * cosine * slope, 0.0)
-    c2 = tl.where(inside, (sine * sine - cosine * cosine) * (0.5 * slope * slope), 0.0)
+    c1 = tl.where(inside, sine * cosine * (-3.141592653589793 / RCUT), 0.0)
+    bend = sine * sine - cosine * cosine
+    c2 = tl.where(inside, bend * (4.934802200544679 / (RCUT * RCUT)), 0.0)
     return c, c1, c2
 
 

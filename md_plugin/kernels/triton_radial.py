@@ -5,6 +5,9 @@ is computed once per pair. Sums over pairs, for the gradients of mu and sigma, a
 dtype of the network within a program, and over programs in float64, in the order of the pairs:
 no atomics, so two runs agree to the last bit.
 
+rcut and end are read from the device: one compiled kernel serves all models with as many
+sensitivities, and any number of pairs.
+
 Equations and arguments: `radial_reference`. u is taken as (mu - r) / (r mu), which does not cancel.
 """
 
@@ -12,6 +15,8 @@ Equations and arguments: `radial_reference`. u is taken as (mu - r) / (r mu), wh
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -46,17 +51,16 @@ def _offset(r, q, mu, sigma, nu, n_nu):
     return u, width * u, inverse, width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pair"])
 def _sensitivity(
-    r, mu, sigma, sense, n_pair, n_nu,
-    RCUT: tl.constexpr, END: tl.constexpr, TERMS: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr,
+    r, mu, sigma, limits, sense, n_pair, n_nu,
+    TERMS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr,
 ):  # fmt: skip
     n_nu = n_nu // ALIGN * ALIGN
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     distance = tl.load(r + p, mask=p < n_pair, other=1.0)
     q = 1.0 / distance
-    c = cosine_cutoff(distance, RCUT, END, TERMS)[0]
+    c = cosine_cutoff(distance, tl.load(limits), tl.load(limits + 1), TERMS)[0]
     for nu0 in range(0, n_nu, BLOCK_NU):
         nu = nu0 + tl.arange(0, BLOCK_NU)
         t = _offset(distance, q, mu, sigma, nu, n_nu)[1]
@@ -76,10 +80,10 @@ def _store_sums(sums, row, nu, n_nu, moment):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pair"])
 def _slope(
-    grad, r, mu, sigma, grad_r, sums, n_pair, n_nu,
-    RCUT: tl.constexpr, END: tl.constexpr, TERMS: tl.constexpr, TRAINED: tl.constexpr,
+    grad, r, mu, sigma, limits, grad_r, sums, n_pair, n_nu,
+    TERMS: tl.constexpr, TRAINED: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_r, and the sums over pairs of g s t and g s u, where parameters are trained."""
@@ -87,7 +91,7 @@ def _slope(
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     distance = tl.load(r + p, mask=p < n_pair, other=1.0)
     q = 1.0 / distance
-    c, c1, _c2 = cosine_cutoff(distance, RCUT, END, TERMS)
+    c, c1, _c2 = cosine_cutoff(distance, tl.load(limits), tl.load(limits + 1), TERMS)
     total = tl.zeros_like(distance)
     for nu0 in range(0, n_nu, BLOCK_NU):
         nu = nu0 + tl.arange(0, BLOCK_NU)
@@ -103,11 +107,10 @@ def _slope(
     tl.store(grad_r + p, total, mask=p < n_pair)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pair"])
 def _curvature(
-    grad, r, mu, sigma, rho, alpha, beta, h, grad_r, sums, n_pair, n_nu,
-    RCUT: tl.constexpr, END: tl.constexpr, TERMS: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr,
+    grad, r, mu, sigma, limits, rho, alpha, beta, h, grad_r, sums, n_pair, n_nu,
+    TERMS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr,
 ):  # fmt: skip
     """Writes h, grad_r and the sums over pairs of g G e, g G c t and g G (e u + c t D u)."""
     n_nu = n_nu // ALIGN * ALIGN
@@ -115,7 +118,7 @@ def _curvature(
     distance = tl.load(r + p, mask=p < n_pair, other=1.0)
     along = tl.load(rho + p, mask=p < n_pair, other=0.0)
     q = 1.0 / distance
-    c, c1, c2 = cosine_cutoff(distance, RCUT, END, TERMS)
+    c, c1, c2 = cosine_cutoff(distance, tl.load(limits), tl.load(limits + 1), TERMS)
     q2 = (q * q)[:, None]
     rho_q2 = along[:, None] * q2
     rho_c1, rho_c2 = (along * c1)[:, None], (along * c2)[:, None]
@@ -157,9 +160,14 @@ def tiles(n_nu: int, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def _constants(r: Tensor, where: Cutoff, n_nu: int) -> dict[str, float]:
-    limits = {"RCUT": where.rcut, "END": where.end, "TERMS": SIN_TERMS[r.dtype]}
-    return limits | tiles(n_nu, r.dtype) | OPTIONS
+def _constants(r: Tensor, n_nu: int) -> dict[str, Any]:
+    return {"TERMS": SIN_TERMS[r.dtype]} | tiles(n_nu, r.dtype) | OPTIONS
+
+
+@cache
+def _limits(cutoff: Cutoff, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2,) rcut and end. Kept for good: a recorded graph of launches may still read them."""
+    return torch.tensor(cutoff, dtype=dtype, device=device)
 
 
 def _programs(r: Tensor, n_nu: int) -> int:
@@ -172,8 +180,9 @@ def sensitivity(r: Tensor, mu: Tensor, sigma: Tensor, cutoff: Cutoff) -> Tensor:
     if sense.numel():
         with on_device(r):
             _sensitivity[(_programs(r, len(mu)),)](
-                r, mu, sigma, sense, *sense.shape, **_constants(r, cutoff, len(mu))
-            )
+                r, mu, sigma, _limits(cutoff, r.dtype, r.device), sense, *sense.shape,
+                **_constants(r, len(mu)),
+            )  # fmt: skip
     return sense
 
 
@@ -187,8 +196,8 @@ def sensitivity_slope(
     if n_program:
         with on_device(r):
             _slope[(n_program,)](
-                grad, r, mu, sigma, grad_r, sums, len(r), n_nu,
-                TRAINED=parameters, **_constants(r, cutoff, n_nu),
+                grad, r, mu, sigma, _limits(cutoff, r.dtype, r.device), grad_r, sums, len(r), n_nu,
+                TRAINED=parameters, **_constants(r, n_nu),
             )  # fmt: skip
     if not parameters:
         return grad_r, None, None
@@ -206,8 +215,8 @@ def sensitivity_curvature(
     if n_program:
         with on_device(r):
             _curvature[(n_program,)](
-                grad, r, mu, sigma, *along, h, grad_r, sums, len(r), n_nu,
-                **_constants(r, cutoff, n_nu),
+                grad, r, mu, sigma, _limits(cutoff, r.dtype, r.device), *along, h, grad_r, sums,
+                len(r), n_nu, **_constants(r, n_nu),
             )  # fmt: skip
     steep, flat, of_sigma = sums.double().sum(dim=0)
     inverse, alpha, beta = mu.double().reciprocal(), along[1], along[2]
