@@ -18,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from md_plugin.neighbours import check_finite, neighbour_pairs
-from md_plugin.pairs import Geometry, Pairs
+from md_plugin.device_neighbours import search_cells
+from md_plugin.neighbours import check_finite, complete_cell, neighbour_pairs
+from md_plugin.pairs import Geometry, Pairs, rows_times
 
 MAX_TRANSLATIONS = 2**15  # that two bytes can count, as fused inference does
 
@@ -72,13 +74,13 @@ class Systems:
             return self, torch.zeros_like(self.positions)
         # Not inv, for whose verdict the host would wait; a flat cell is found at the next build.
         inverse = torch.linalg.inv_ex(self.cell)[0] if all(self.pbc) else self.pinv()
-        fractional = _rows_times(self.positions, inverse[self.system])
+        fractional = rows_times(self.positions, inverse[self.system])
         if reference is None or reference.shape != fractional.shape:
             return self, fractional
         images = (fractional - reference).round().nan_to_num(0.0, 0.0, 0.0)
         for axis in (k for k, periodic in enumerate(self.pbc) if not periodic):
             images[:, axis] = 0.0
-        x = self.positions - _rows_times(images, self.cell[self.system])
+        x = self.positions - rows_times(images, self.cell[self.system])
         return replace(self, positions=x), fractional - images
 
     def periodic_rows(self) -> Tensor:
@@ -110,6 +112,23 @@ def search_on_host(systems: Systems, rcut: float) -> tuple[Tensor, Tensor, Tenso
     return receiver, sender, image
 
 
+def search_on_device(systems: Systems, rcut: float) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs closer than rcut, from `search_cells`, where the systems are."""
+    cells = [complete_cell(h, np.array(systems.pbc)) for h in systems.cell.cpu().double().numpy()]
+    found = search_cells(
+        systems.positions, np.stack(cells), systems.pbc, rcut, system=systems.system
+    )
+    receiver, sender = found.pairs.receiver, found.pairs.sender_long
+    wraps = found.wraps[sender] - found.wraps[receiver]
+    return receiver, sender, found.images[found.image] + wraps
+
+
+def search(systems: Systems, rcut: float) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs closer than rcut, by cells on a GPU, by vesin on a CPU, where it is faster."""
+    on_device = systems.positions.device.type != "cpu"
+    return search_on_device(systems, rcut) if on_device else search_on_host(systems, rcut)
+
+
 class BatchList:
     """The neighbour list of a batch.
 
@@ -124,7 +143,7 @@ class BatchList:
 
     pairs: Pairs
 
-    def __init__(self, rcut: float, skin: float, search: Search = search_on_host):
+    def __init__(self, rcut: float, skin: float, search: Search = search):
         self.rcut, self.skin, self._search = rcut, skin, search
         self._built: Systems | None = None
 
@@ -139,7 +158,7 @@ class BatchList:
         change = systems.periodic_rows() - self._h0
         strain = torch.linalg.matrix_norm(self._inverse @ change)
         shrunk = (1.0 - strain) * (self.rcut + self.skin)
-        affine = old.positions + _rows_times(self._fractional, change[systems.system])
+        affine = old.positions + rows_times(self._fractional, change[systems.system])
         moved = torch.linalg.vector_norm(systems.positions - affine, dim=1)
         complete = shrunk[systems.system] - 2.0 * moved >= self.rcut
         return bool(same & complete.all())
@@ -163,7 +182,7 @@ class BatchList:
         self._image_system = system[one]
         self._h0 = systems.periodic_rows()
         self._inverse = systems.pinv()
-        self._fractional = _rows_times(systems.positions, self._inverse[systems.system])
+        self._fractional = rows_times(systems.positions, self._inverse[systems.system])
         copies = (systems.species.clone(), systems.positions.clone(), systems.cell.clone())
         # An integrator may write into its state.
         self._built = Systems(*copies, systems.system.clone(), systems.pbc)
@@ -178,13 +197,8 @@ class BatchList:
 
         `translation` is int32 where there are more than `MAX_TRANSLATIONS`.
         """
-        translations = _rows_times(self._image, systems.cell[self._image_system])
+        translations = rows_times(self._image, systems.cell[self._image_system])
         return Geometry(systems.positions, self.pairs, self._translation, translations)
-
-
-def _rows_times(rows: Tensor, matrices: Tensor) -> Tensor:
-    """(n, 3) rows, (n, 3, 3) matrices -> (n, 3), each row times its matrix."""
-    return torch.bmm(rows[:, None, :], matrices)[:, 0]
 
 
 def _different(system: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:

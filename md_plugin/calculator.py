@@ -1,5 +1,7 @@
 """HipnnCalculator: the ASE door. Translates, reuses the neighbour list, nothing else.
 
+On a GPU the list is found and kept there: a step sends positions, and gets the results at once.
+
 Energies in eV, forces in eV/Å, stress in eV/Å^3 (Voigt xx, yy, zz, yz, xz, xy; ASE's sign).
 Stress needs three periodic directions. `stresses` are per-atom virials, half of each pair to each
 of its atoms, over the cell volume: they sum to `stress` (ASE's EMT sums them the same way).
@@ -19,6 +21,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from md_plugin.checkpoint import load_model
 from md_plugin.committee import energy_std, force_std
+from md_plugin.device_neighbours import DeviceList
 from md_plugin.evaluation import Evaluation
 from md_plugin.neighbours import NeighbourList
 from md_plugin.potential import Potential
@@ -69,8 +72,9 @@ class HipnnCalculator(Calculator):
         if not skin >= 0:
             raise ValueError(f"skin must not be negative, got {skin} Å")
         self.potential = load_model(model, device=device, dtype=dtype, backend=backend)
-        self.neighbours = NeighbourList(self.potential.rcut, skin, ordered=True)
+        self.neighbours = neighbour_list(self.potential.rcut, skin, self.potential.device)
         self._species = np.zeros(0, dtype=np.int64)
+        self._species_there = torch.zeros(0, dtype=torch.int64)  # on the device, in list order
 
     def calculate(
         self,
@@ -112,18 +116,22 @@ class HipnnCalculator(Calculator):
 
     def _evaluate(self, atoms: Atoms, properties: Sequence[str]) -> Evaluation:
         potential = self.potential
-        if not np.array_equal(atoms.numbers, self._species):
+        others = not np.array_equal(atoms.numbers, self._species)
+        if others:
             potential.check_species(atoms.numbers)
             self._species = atoms.numbers.copy()
         positions = np.ascontiguousarray(atoms.positions, dtype=np.float64)
-        self.neighbours.update(positions, atoms.cell[:], atoms.pbc)
+        built = self.neighbours.update(positions, atoms.cell[:], atoms.pbc)
         order = self.neighbours.order
-        species = self._species if order is None else self._species[order]
+        if others or built:
+            species = self._species if order is None else self._species[order]
+            self._species_there = torch.as_tensor(species, device=potential.device)
         result = potential.evaluate_geometry(
-            torch.as_tensor(species, device=potential.device),
+            self._species_there,
             self.neighbours.geometry(positions, atoms.cell[:]),
             forces=bool({"forces", "stress", "stresses"} & set(properties)),
             per_pair="stresses" in properties,
+            results_on=torch.device("cpu"),
         )
         _check_finite(result, order)
         return result
@@ -141,6 +149,13 @@ class HipnnCalculator(Calculator):
 
     def __repr__(self) -> str:
         return f"HipnnCalculator({self.potential!r}, skin={self.neighbours.skin})"
+
+
+def neighbour_list(rcut: float, skin: float, device: torch.device) -> NeighbourList:
+    """The list for a potential on that device: vesin's search for a CPU, cells on a GPU."""
+    if device.type == "cpu":
+        return NeighbourList(rcut, skin, ordered=True)
+    return DeviceList(rcut, skin, device, ordered=True)
 
 
 def _spread(result: Evaluation) -> dict[str, np.ndarray]:

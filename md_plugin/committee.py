@@ -89,9 +89,9 @@ class Committee(Potential):
         )
 
     def _evaluate_fused(
-        self, species: Tensor, geometry: Geometry, halo: Halo | None
+        self, species: Tensor, geometry: Geometry, halo: Halo | None, home: torch.device
     ) -> Evaluation | None:
-        each = [m._evaluate_fused(species, geometry, halo) for m in self.members]
+        each = [m._evaluate_fused(species, geometry, halo, home) for m in self.members]
         found = tuple(f for f in each if f is not None)
         if len(found) < len(each):
             return None

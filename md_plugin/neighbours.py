@@ -99,8 +99,7 @@ def complete_cell(cell: ArrayLike, pbc: NDArray[np.bool_]) -> FloatArray:
         )
     if missing.any():
         # Unit vectors orthogonal to what is there: the null space of the given rows.
-        _, _, v = np.linalg.svd(np.where(missing[:, None], 0.0, h))
-        h[missing] = v[3 - int(missing.sum()) :]
+        h[missing] = np.linalg.svd(h)[2][3 - int(missing.sum()) :]
     if abs(np.linalg.det(h)) < 1e-10 * np.prod(np.linalg.norm(h, axis=1)):
         raise ValueError(f"cell vectors are coplanar (volume zero): {h.tolist()}")
     return h
@@ -145,28 +144,32 @@ class NeighbourList:
         if self.ordered and len(positions) >= MANY_ATOMS:
             self.order = space_filling_order(positions + wraps @ h, 0.5 * self.rcut)
             wraps, x = wraps[self.order], positions[self.order]
-        self._wraps = torch.from_numpy(wraps)
-        self.pairs, image = neighbour_pairs(x, h, periodic, self.rcut + self.skin)
-        image += self._wraps[self.pairs.receiver] - self._wraps[self.pairs.sender_long]
-        self._images, self._image = _table(image)
+        self._build(x, wraps, h, periodic)
         self._x0, self._h0, self._pbc = positions.copy(), h, periodic
         self.n_builds += 1
         return True
 
+    def _build(
+        self, x: FloatArray, wraps: FloatArray, h: FloatArray, pbc: NDArray[np.bool_]
+    ) -> None:
+        self._wraps = torch.from_numpy(wraps)
+        self.pairs, image = neighbour_pairs(x, h, pbc, self.rcut + self.skin)
+        image += self._wraps[self.pairs.receiver] - self._wraps[self.pairs.sender_long]
+        self._images, self._image = _table(image)
+
     def geometry(self, positions: FloatArray, cell: ArrayLike) -> Geometry:
         """The pairs at these positions, which `update` has seen."""
         h = torch.from_numpy(complete_cell(cell, self._pbc))
-        x = np.ascontiguousarray(positions, dtype=np.float64)
-        if self.order is not None:
-            x = x[self.order]
+        x = positions if self.order is None else positions[self.order]
+        x = np.ascontiguousarray(x, dtype=np.float64)
         at_home = torch.from_numpy(x) + self._wraps @ h
         return Geometry(at_home, self.pairs, self._image, self._images @ h)
 
     @property
     def image(self) -> Tensor:
         """(n_pair, 3) float64 whole numbers, the periodic image of each sender."""
-        wrapped = self._images[self._image.int()]
-        return wrapped + self._wraps[self.pairs.sender_long] - self._wraps[self.pairs.receiver]
+        wraps = self._wraps[self.pairs.sender_long] - self._wraps[self.pairs.receiver]
+        return self._images[self._image.int()] + wraps
 
     def r_ij(self, positions: FloatArray, cell: ArrayLike) -> Tensor:
         """(n_pair, 3) float64, x[sender] - x[receiver] + image @ cell."""

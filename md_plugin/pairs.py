@@ -197,6 +197,11 @@ def pair_vectors(x: Tensor, pairs: Pairs, shift: Tensor | None) -> Tensor:
     return sent if shift is None else sent.add_(shift)
 
 
+def rows_times(rows: Tensor, matrices: Tensor) -> Tensor:
+    """(n, 3) rows, (n, 3, 3) matrices -> (n, 3), each row times its matrix."""
+    return torch.bmm(rows[:, None, :], matrices)[:, 0]
+
+
 def _offsets(counts: Tensor) -> Tensor:
     """(n,) counts -> (n + 1,) int32 exclusive prefix sums."""
     ptr = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)

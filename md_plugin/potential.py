@@ -130,6 +130,7 @@ class Potential:
         halo: Halo | None = None,
         forces: bool = True,
         per_pair: bool = False,
+        results_on: torch.device | None = None,
     ) -> Evaluation:
         """Evaluate one structure from positions and a list that may reach beyond the cutoff.
 
@@ -142,9 +143,10 @@ class Potential:
             halo: makes features of ghosts known; None where there are no ghosts.
             forces: whether to compute forces and virial.
             per_pair: whether `pair_gradient` is needed, e.g. for virials of atoms.
+            results_on: where the fused path puts results; None: where the positions are.
         """
         if forces and not per_pair and not self.why_not_fused():
-            found = self._evaluate_fused(species, geometry, halo)
+            found = self._evaluate_fused(species, geometry, halo, results_on or geometry.x.device)
             if found is not None:
                 return found
         place = self._on_device(geometry)
@@ -156,8 +158,8 @@ class Potential:
         """The geometry where the network is; a list that stays the same is copied once."""
         if self._moved is None or self._moved[0] is not geometry.pairs:
             self._moved = geometry.pairs, geometry.to(self.device)
-        now = replace(geometry, pairs=self._moved[1].pairs, translation=self._moved[1].translation)
-        return now.to(self.device)
+        kept = self._moved[1]
+        return replace(geometry, pairs=kept.pairs, translation=kept.translation).to(self.device)
 
     def why_not_fused(self) -> str:
         """Why fused inference is not available; "" where it is."""
@@ -171,7 +173,7 @@ class Potential:
         return get_backend(self.model.backend, self.device).name
 
     def _evaluate_fused(
-        self, species: Tensor, geometry: Geometry, halo: Halo | None
+        self, species: Tensor, geometry: Geometry, halo: Halo | None, home: torch.device
     ) -> Evaluation | None:
         """None where it is not finite, and no other rank waits: the other path finds out why."""
         from md_plugin.model import fusion
@@ -183,14 +185,12 @@ class Potential:
             self._fused = known, [fusion.FusedHipnn(m, known[0]) for m in self.model.parts]
         place, species = self._on_device(geometry), species.to(self.device)
         parts = [part.evaluate(species, place, halo) for part in self._fused[1]]
-        # Back to where the positions came from: an engine's arrays, or those of a loop on a GPU.
-        found = fusion.total(parts).to(geometry.x.device)
+        found = fusion.total(parts).to(home)
         if halo is None and not bool(found.forces.isfinite().all()):
             return None
         self._check_closest(found.closest)
-        energy, sums = found.atom_energy, (found.forces, found.virial)
-        total, none = energy.sum(dim=0, keepdim=True), found.forces.new_zeros(0, 3)
-        return Evaluation(total, energy, None, geometry.pairs, none, sums=sums)
+        energy, sums, none = found.atom_energy, (found.forces, found.virial), found.forces[:0]
+        return Evaluation(energy.sum()[None], energy, None, geometry.pairs, none, sums=sums)
 
     def evaluate_pairs(
         self,

@@ -22,12 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from md_plugin.batch_neighbours import (
-    MAX_TRANSLATIONS,
-    BatchList,
-    Systems,
-    search_on_host,
-)
+from md_plugin.batch_neighbours import MAX_TRANSLATIONS, BatchList, Systems
 from md_plugin.checkpoint import load_model
 from md_plugin.evaluation import segment_sum
 from md_plugin.neighbours import NeighbourList
@@ -36,7 +31,6 @@ from md_plugin.potential import DTYPES, Potential
 try:
     from torch_sim import SimState
     from torch_sim.models.interface import ModelInterface
-    from torch_sim.neighbors import torch_nl_linked_cell
 except ImportError as error:
     raise ImportError("HipnnModel needs torch-sim: pip install 'md-plugin[torch-sim]'") from error
 
@@ -85,7 +79,7 @@ class HipnnModel(ModelInterface):
         self._lists: list[NeighbourList] = []
         self._species: Tensor | None = None  # that were checked
         self._fractional: Tensor | None = None  # coordinates, as if nothing had been wrapped
-        self._batch = BatchList(self.potential.rcut, skin, search)
+        self._batch = BatchList(self.potential.rcut, skin)
 
     @property
     def compute_stress(self) -> bool:
@@ -232,30 +226,3 @@ def _stress(virial: Tensor, systems: Systems) -> Tensor:
     # Symmetric by rotational invariance; the mean removes the rounding.
     stress: Tensor = -0.5 * (virial + virial.mT) / volume[:, None, None]
     return stress
-
-
-def search(systems: Systems, rcut: float) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs closer than rcut: torch-sim's search on a GPU, `search_on_host` elsewhere."""
-    whole = all(systems.pbc) or not any(systems.pbc)  # torch-sim's takes no mix of directions
-    on_device = systems.positions.is_cuda and whole
-    return search_on_device(systems, rcut) if on_device else search_on_host(systems, rcut)
-
-
-def search_on_device(systems: Systems, rcut: float) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs closer than rcut, from torch-sim's linked cells, on the device of the systems.
-
-    All directions are periodic, or none is.
-    """
-    x, cell = systems.positions.double(), systems.cell.double()
-    wraps = torch.zeros_like(x)
-    if systems.pbc[0]:
-        # The linked cells want atoms inside: x = fractional @ cell.
-        inverse = torch.linalg.inv(cell)[systems.system]
-        wraps = -torch.floor(torch.bmm(x[:, None, :], inverse)[:, 0])
-        x = x + torch.bmm(wraps[:, None, :], cell[systems.system])[:, 0]
-    pbc = torch.tensor(systems.pbc, device=x.device).expand(systems.n_systems, 3)
-    pairs, _, image = torch_nl_linked_cell(
-        positions=x, cell=cell, pbc=pbc, cutoff=rcut, system_idx=systems.system
-    )
-    receiver, sender = pairs
-    return receiver, sender, image + wraps[sender] - wraps[receiver]

@@ -49,7 +49,7 @@ FLOORS = {
         "kernels.self_check",
         "kernels.registry",
     ),
-    3: ("model", "model.*", "neighbours", "batch_neighbours", "evaluation"),
+    3: ("model", "model.*", "neighbours", "batch_neighbours", "device_neighbours", "evaluation"),
     4: ("potential", "committee"),
     5: ("checkpoint", "hippynn_io", "hippynn_io.*"),
     6: (

@@ -13,7 +13,7 @@ from model_helpers import crystal, make_potential, molecule, slab, to_atoms, tri
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from md_plugin import HipnnCalculator
-from md_plugin.batch_neighbours import BatchList, search_on_host
+from md_plugin.batch_neighbours import BatchList, search_on_device, search_on_host
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
 torch_sim = pytest.importorskip("torch_sim", reason="torch-sim is not installed: extra torch-sim")
@@ -21,7 +21,7 @@ torch_sim = pytest.importorskip("torch_sim", reason="torch-sim is not installed:
 from torch_sim.models.interface import validate_model_outputs  # noqa: E402
 
 from md_plugin import batch_neighbours, torch_sim_model  # noqa: E402
-from md_plugin.torch_sim_model import HipnnModel, search_on_device  # noqa: E402
+from md_plugin.torch_sim_model import HipnnModel  # noqa: E402
 
 FS = 0.001 * torch_sim.units.MetalUnits.time  # of ps
 KELVIN = torch_sim.units.MetalUnits.temperature
@@ -306,8 +306,8 @@ def test_a_list_that_fits_is_complete(atoms):
     assert 5 < fitting < 95
 
 
-@pytest.mark.parametrize("atoms", [periodic_atoms, open_atoms])
-@pytest.mark.parametrize("rcut", [1.5, 5.0])
+@pytest.mark.parametrize("atoms", [periodic_atoms, slabs, open_atoms])
+@pytest.mark.parametrize("rcut", [2.0, 5.0])
 def test_the_search_on_the_device_finds_the_same_pairs(atoms, rcut):
     systems = HipnnModel(make_potential())._translate(to_state(atoms()))
     edges = []

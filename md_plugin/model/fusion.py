@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from md_plugin.devices import moved
 from md_plugin.halo import Halo, NoHalo, check_filled
 from md_plugin.kernels.workers import one_thread, share, span
 from md_plugin.model.atom_layers import AtomLayers
@@ -49,9 +50,8 @@ class Fused:
     closest: Tensor
 
     def to(self, device: torch.device) -> Fused:
-        """The same on another device."""
-        all_of_it = (self.atom_energy, self.forces, self.virial, self.closest)
-        return Fused(*(x.to(device) for x in all_of_it))
+        """The same on another device, in one copy."""
+        return Fused(*moved((self.atom_energy, self.forces, self.virial, self.closest), device))
 
 
 def total(parts: Sequence[Fused]) -> Fused:
