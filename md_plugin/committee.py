@@ -88,6 +88,16 @@ class Committee(Potential):
             members=found,
         )
 
+    @property
+    def graphs(self) -> str:
+        """See `Potential.graphs`; set for all members."""
+        return self.members[0].graphs
+
+    @graphs.setter
+    def graphs(self, graphs: str) -> None:
+        for member in self.members:
+            member.graphs = graphs
+
     def _evaluate_fused(
         self, species: Tensor, geometry: Geometry, halo: Halo | None, home: torch.device
     ) -> Evaluation | None:

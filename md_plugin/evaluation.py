@@ -15,8 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from md_plugin.halo import MomentHalo
 from md_plugin.pairs import Pairs
 
 
@@ -102,6 +104,31 @@ class Evaluation:
         atoms = away.new_zeros(self.pairs.n_send, 9)
         atoms = add_rows(atoms, self.pairs.sender_long, (moment - away).flatten(1))
         return add_rows(atoms, self.pairs.receiver, -moment.flatten(1)).reshape(-1, 3, 3)
+
+
+def pair_moment(
+    energy: Tensor, r_ij: Tensor, gradient: Tensor, halo: MomentHalo, pairs: Pairs
+) -> Tensor:
+    """D (n_pair, 3, 3), eV, from d(sum_i x_i E_i)/dr_p, one component of x at a time.
+
+    Args:
+        energy: (n,) of atoms, with the graph that leads to r_ij.
+        r_ij: (n_pair, 3), Å.
+        gradient: (n_pair, 3) dE/dr_ij, eV/Å.
+        halo: that filled the features, and knows the positions.
+        pairs: who sees whom.
+    """
+    if halo.n_exchanges == 0:
+        return gradient.new_zeros(pairs.n_pair, 3, 3)
+    columns = []
+    for axis in range(3):
+        halo.axis = axis
+        x = halo.positions[:, axis]
+        (weighted,) = torch.autograd.grad(
+            energy, r_ij, x[: energy.numel()].to(energy.dtype), retain_graph=axis < 2
+        )
+        columns.append(weighted - x[pairs.receiver, None] * gradient)
+    return torch.stack(columns, dim=1)
 
 
 def segment_sum(values: Tensor, segment: Tensor | None, n_segments: int) -> Tensor:

@@ -98,6 +98,11 @@ class MomentHalo:
         self.axis: int | None = None
         self._gradients: list[tuple[Tensor, Tensor] | None] = []
 
+    @property
+    def n_exchanges(self) -> int:
+        """How often features were filled."""
+        return len(self._gradients)
+
     def fill(self, features: Tensor) -> Tensor:
         """See `Halo`."""
         self._gradients.append(None)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from md_plugin.devices import choose_device
 from md_plugin.elements import symbols
-from md_plugin.evaluation import Evaluation, segment_sum
+from md_plugin.evaluation import Evaluation, pair_moment, segment_sum
 from md_plugin.halo import Halo, MomentHalo, NoHalo
 from md_plugin.kernels.registry import get_backend
 from md_plugin.model.hipnn import Hipnn, HipnnSum
@@ -31,7 +31,7 @@ from md_plugin.neighbours import Batch, Structure
 from md_plugin.pairs import Geometry, Pairs
 
 if TYPE_CHECKING:
-    from md_plugin.model.fusion import FusedHipnn
+    from md_plugin.model.device_step import FusedStep
 
 logger = logging.getLogger("md_plugin")
 
@@ -51,7 +51,13 @@ class Potential:
         device: where it computes; "auto" takes CUDA if there is one.
         dtype: "mixed", "float64" or "float32".
         info: training summary and the like, as stored in the checkpoint.
+
+    Attributes:
+        graphs: whether fused steps on a GPU are recorded in CUDA graphs: "auto" does so where it
+            pays, "always", "never"; see `md_plugin.model.device_step`.
     """
+
+    graphs = "auto"
 
     def __init__(
         self,
@@ -72,7 +78,7 @@ class Potential:
         self._layers = [m._parameters for m in self.model.modules() if m._parameters]
         self._warned_close = False
         self._moved: tuple[Pairs, Geometry] | None = None  # the last list; on the device
-        self._fused: tuple[Any, list[FusedHipnn]] | None = None
+        self._fused: tuple[Any, FusedStep] | None = None
 
     @property
     def species(self) -> tuple[int, ...]:
@@ -176,21 +182,26 @@ class Potential:
         self, species: Tensor, geometry: Geometry, halo: Halo | None, home: torch.device
     ) -> Evaluation | None:
         """None where it is not finite, and no other rank waits: the other path finds out why."""
-        from md_plugin.model import fusion
+        place, species = self._on_device(geometry), species.to(self.device)
+        found = self._step().evaluate(species, place, halo).to(home)
+        finite, closest = found.summary()
+        if halo is None and not finite:
+            return None
+        self._check_closest(closest)
+        energy, sums, none = found.atom_energy, (found.forces, found.virial), found.forces[:0]
+        return Evaluation(energy.sum()[None], energy, None, geometry.pairs, none, sums=sums)
 
-        known: list[Any] = [self._backend]
+    def _step(self) -> FusedStep:
+        """That of these weights, made anew where one of them has changed."""
+        from md_plugin.model import device_step, fusion
+
+        known: list[Any] = [self._backend, self.graphs]
         for layer in self._layers:
             known += [(p.data_ptr(), p._version) for p in layer.values() if p is not None]
         if self._fused is None or self._fused[0] != known:
-            self._fused = known, [fusion.FusedHipnn(m, known[0]) for m in self.model.parts]
-        place, species = self._on_device(geometry), species.to(self.device)
-        parts = [part.evaluate(species, place, halo) for part in self._fused[1]]
-        found = fusion.total(parts).to(home)
-        if halo is None and not bool(found.forces.isfinite().all()):
-            return None
-        self._check_closest(found.closest)
-        energy, sums, none = found.atom_energy, (found.forces, found.virial), found.forces[:0]
-        return Evaluation(energy.sum()[None], energy, None, geometry.pairs, none, sums=sums)
+            parts = [fusion.FusedHipnn(part, self._backend) for part in self.model.parts]
+            self._fused = known, device_step.fused_step(parts, self.device, self.graphs)
+        return self._fused[1]
 
     def evaluate_pairs(
         self,
@@ -237,7 +248,7 @@ class Potential:
                     total, r_ij, create_graph=create_graph, retain_graph=keep
                 )
                 if moments is not None:
-                    moment = self._pair_moment(atom_energy, r_ij, gradient, moments, pairs)
+                    moment = pair_moment(atom_energy, r_ij, gradient, moments, pairs)
         if not create_graph:
             energy, atom_energy, r_ij = energy.detach(), atom_energy.detach(), r_ij.detach()
         return Evaluation(energy, atom_energy, gradient, pairs, r_ij, structure, moment)
@@ -245,22 +256,6 @@ class Potential:
     def _moments(self, halo: Halo | None, positions: Tensor) -> MomentHalo:
         centred = positions - positions.mean(dim=0) if len(positions) else positions
         return MomentHalo(halo or NoHalo(), centred.to(self.geometry_dtype))
-
-    def _pair_moment(
-        self, energy: Tensor, r_ij: Tensor, gradient: Tensor, halo: MomentHalo, pairs: Pairs
-    ) -> Tensor:
-        """D of `md_plugin.evaluation`, from d(sum_i x_i E_i)/dr_p, one component of x at a time."""
-        if self.n_exchanges == 0:
-            return gradient.new_zeros(pairs.n_pair, 3, 3)
-        columns = []
-        for axis in range(3):
-            halo.axis = axis
-            x = halo.positions[:, axis]
-            (weighted,) = torch.autograd.grad(
-                energy, r_ij, x[: energy.numel()].to(energy.dtype), retain_graph=axis < 2
-            )
-            columns.append(weighted - x[pairs.receiver, None] * gradient)
-        return torch.stack(columns, dim=1)
 
     def check_species(self, species: Tensor | np.ndarray) -> None:
         """Raise ValueError naming every element that the model was not made for."""
@@ -277,7 +272,7 @@ class Potential:
         if "r_closest" in self.info and not self._warned_close and r_ij.numel():
             self._check_closest(float(r_ij.square().sum(dim=1).min().sqrt()))
 
-    def _check_closest(self, r: float | Tensor) -> None:
+    def _check_closest(self, r: float) -> None:
         closest = self.info.get("r_closest")
         if closest is not None and not self._warned_close and r < closest:
             self._warned_close = True

@@ -114,7 +114,7 @@ def test_weights_and_backends_that_change_are_noticed():
     if DEVICE == "cpu":
         potential.model.backend = "numba"
         close(fused(potential, structure).forces, found, atol=1e-11)
-        assert potential._fused[1][0].engine.threads
+        assert potential._fused[1].parts[0].engine.threads
 
 
 def test_the_third_order_goes_over_pairs():

@@ -38,10 +38,12 @@ class Sums(Protocol):
     Attributes:
         shape: (C, n_hidden) of m.
         block: atoms to do at once, at most.
+        weight: V, in whatever shape.
     """
 
     shape: tuple[int, int]
     block: int
+    weight: Tensor
 
     def source(self, z: Tensor, n_thread: int) -> Any:
         """What the sums read of each sender, from its features (n_send, n_in)."""

@@ -13,9 +13,9 @@ and can be differentiated again; this cannot, and refuses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from md_plugin.kernels.workers import one_thread, share, span
 from md_plugin.model.atom_layers import AtomLayers
 from md_plugin.model.fused_sums import CpuEngine, Engine
 from md_plugin.model.hipnn import Hipnn
-from md_plugin.pairs import Geometry
+from md_plugin.pairs import Geometry, Pairs
 
 BACKENDS = ("numba", "triton")
 LEAST_BLOCK = 64  # atoms in the sums at once
@@ -52,6 +52,51 @@ class Fused:
     def to(self, device: torch.device) -> Fused:
         """The same on another device, in one copy."""
         return Fused(*moved((self.atom_energy, self.forces, self.virial, self.closest), device))
+
+    def summary(self) -> tuple[bool, float]:
+        """Whether all forces are finite, and `closest`: the host asks a device once."""
+        finite = self.forces.isfinite().all().to(self.closest.dtype)
+        all_finite, closest = torch.stack([finite, self.closest]).tolist()
+        return bool(all_finite), closest
+
+
+class Exchange(NamedTuple):
+    """What has to travel between domains before a step goes on.
+
+    Attributes:
+        rows: (n_recv, n_feat) features that ghosts want to know; or, on the way back,
+            (n_send, n_feat) gradients of which those of ghosts belong to their owners.
+        back: whether this is the way back.
+    """
+
+    rows: Tensor
+    back: bool
+
+    def travel(self, halo: Halo, pairs: Pairs) -> Tensor:
+        """What the step goes on with: rows of all senders; on the way back, of all receivers."""
+        if self.back:
+            return halo.adjoint(self.rows)[: pairs.n_recv]
+        return check_filled(halo.fill(self.rows), pairs).contiguous()
+
+
+# A step in segments: between them, what was exchanged is sent in.
+Segments = Generator[Exchange, Tensor, Fused]
+
+
+def resume(segments: Segments, exchanged: Tensor | None) -> Exchange | Fused:
+    """Run the next segment; None starts the first."""
+    try:
+        return segments.send(cast(Tensor, exchanged))
+    except StopIteration as stop:
+        return cast(Fused, stop.value)
+
+
+def run(segments: Segments, halo: Halo, pairs: Pairs) -> Fused:
+    """All segments and the exchanges between them."""
+    found = resume(segments, None)
+    while isinstance(found, Exchange):
+        found = resume(segments, found.travel(halo, pairs))
+    return found
 
 
 def total(parts: Sequence[Fused]) -> Fused:
@@ -98,6 +143,11 @@ class FusedHipnn:
         index[list(model.species)] = torch.arange(len(model.species), dtype=torch.int32)
         self.index = index.to(model.encoder.device)
         self.layers = [_Layer(model, k, self.engine) for k in range(model.config.n_interactions)]
+        # Floating-point operations of matrix products per atom, sums over pairs left out: V to
+        # and fro for each component, other matrices to, again for the way back, and fro.
+        sums = sum(2 * layer.sums.shape[0] * layer.sums.weight.numel() for layer in self.layers)
+        matrices = sum(2 * p.numel() for p in model.parameters() if p.ndim == 2)
+        self.work = 2 * sums + 3 * matrices
 
     @torch.no_grad()
     def evaluate(self, species: Tensor, geometry: Geometry, halo: Halo | None = None) -> Fused:
@@ -121,26 +171,31 @@ class FusedHipnn:
         with one_thread() as available:
             n_thread = max(1, min(available, geometry.pairs.n_recv // ATOMS_PER_THREAD))
             n_thread = n_thread if self.engine.threads else 1
-            return self._evaluate(species, geometry, halo or NoHalo(), n_thread)
+            segments = self.segments(species, geometry, n_thread)
+            return run(segments, halo or NoHalo(), geometry.pairs)
 
-    def _evaluate(self, species: Tensor, geometry: Geometry, halo: Halo, n_thread: int) -> Fused:
-        pairs = geometry.pairs
+    def segments(self, species: Tensor, geometry: Geometry, n_thread: int = 1) -> Segments:
+        """The same in segments, between which ghosts hear of features and tell of gradients.
+
+        Whoever runs them does so without autograd.
+        """
+        n_recv = geometry.pairs.n_recv
         where = self.engine.where(self.index[species.long()], geometry)
         z: list[Tensor] = [self.model.encoder[species.long()]]
-        energy = self.model.reference_energy(species[: pairs.n_recv])
-        energy += self.model.readouts[0](z[0][: pairs.n_recv])[:, 0].double()
+        energy = self.model.reference_energy(species[:n_recv])
+        energy += self.model.readouts[0](z[0][:n_recv])[:, 0].double()
         step = _Step(where, energy, self.engine.gradients(where, z[0].dtype, n_thread), n_thread)
         mixed: list[Tensor | None] = []
         for layer in self.layers[:-1]:
             kept, features = layer.forward(step, z[-1])
             mixed.append(kept)
-            z.append(check_filled(halo.fill(features), pairs).contiguous())
+            z.append((yield Exchange(features, back=False)))
         mixed.append(None)
         gradient: Tensor | None = None
         for k in reversed(range(len(self.layers))):
             along, sent = self.layers[k].backward(step, z[k], mixed[k], gradient)
             if k > 0:
-                gradient = halo.adjoint(sent)[: pairs.n_recv] + along
+                gradient = (yield Exchange(sent, back=True)) + along
         return Fused(energy, *self.engine.results(step.found))
 
 

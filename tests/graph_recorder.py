@@ -1,0 +1,158 @@
+"""What a CUDA graph does, on the CPU: operators and launches on fixed memory, nothing of Python.
+
+A capture only learns what to do: afterwards its results are poisoned, and launches have not run. A
+replay runs each operator again on the same tensors and writes results where they stood. Numbers of
+Python that went into operators are frozen in them, as in a real graph.
+"""
+
+import contextlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from md_plugin.model.radial import tensor_components
+
+LAUNCHES = ("forward", "backward")  # of md_plugin.kernels.triton_fused
+RCUT = 3.0
+
+
+def _rows(where, radial, z, shape, begin, d=None):
+    """Pairs (i, j, d) of receivers of a block, and rows t_c s_nu z_a of each pair."""
+    row_ptr = where.row_ptr[begin : begin + shape[0] + 1].long()
+    p = torch.arange(int(row_ptr[0]), int(row_ptr[-1]))
+    i = torch.arange(shape[0]).repeat_interleave(row_ptr.diff())
+    j = where.sender[p].long()
+    if d is None:
+        shift = 0.0
+        if where.translation is not None:
+            shift = where.translations[where.translation[p].long()]
+        d = where.x[j] - where.x[begin + i] + shift
+        near = torch.linalg.vector_norm(d, dim=1) < RCUT
+        i, j, d = i[near], j[near], d[near].requires_grad_()
+    r = torch.linalg.vector_norm(d, dim=1)[:, None]
+    s = torch.exp2(-((radial.table[0] / r - radial.table[1]).square()))
+    s = s * torch.cos(0.5 * torch.pi * r / RCUT).square()
+    t = tensor_components(d / r, {1: 0, 4: 1, 9: 2}[shape[1]])
+    sent = torch.eye(shape[3])[where.species.long()].to(s) if z is None else z
+    return i, j, d, t[:, :, None, None] * s[:, None, :, None] * sent[j][:, None, None]
+
+
+def forward(where, radial, z, env, begin=0):
+    """What `triton_fused.forward` writes, in float64 and in a moment."""
+    with torch.enable_grad():
+        i, _, _, rows = _rows(where, radial, z, env.shape, begin)
+    env.zero_().index_add_(0, i, rows.detach())
+
+
+def backward(where, radial, z, ge, gradients, begin=0):
+    """What `triton_fused.backward` adds."""
+    with torch.enable_grad():
+        leaf = None if z is None else z.detach().requires_grad_()
+        i, j, d, rows = _rows(where, radial, leaf, ge.shape, begin)
+        wanted = [d] if z is None else [d, leaf]
+        total = (rows * ge[i]).sum()
+        g, *of_z = torch.autograd.grad(total, wanted) if len(i) else map(torch.zeros_like, wanted)
+    d, i = d.detach(), begin + i
+    gradients.forces.index_add_(0, i, g).index_add_(0, j, -g)
+    gradients.sums[:, :9].index_add_(0, i, -(d[:, :, None] * g[:, None]).flatten(1))
+    r = torch.linalg.vector_norm(d, dim=1)
+    gradients.sums[:, -1].scatter_reduce_(0, i, r, "amin")
+    if of_z:
+        gradients.messages.add_(of_z[0])
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for memory in map(torch.Tensor.untyped_storage, tensors((args, kwargs))):
+                self.before.setdefault(memory.data_ptr(), (memory, memory.clone()))
+        result = func(*args, **kwargs)
+        if not func.is_view:
+            self.calls.append((func, args, kwargs, result))
+        return result
+
+    @torch.no_grad()
+    def undo(self):
+        """Nothing has happened yet: memory is as before, and new memory holds anything."""
+        for memory, saved in self.before.values():
+            memory.copy_(saved)
+        for func, _, _, result in self.calls:
+            for x in tensors(result):
+                if x.is_floating_point() and not func._schema.is_mutable:
+                    x.fill_(torch.nan)
+
+    @torch.no_grad()
+    def play(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tensors(result), tensors(again), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+class TapeRecorder:
+    """A `Recorder`. Counts warm-ups, captures and replays.
+
+    Args:
+        monkeypatch: to get hold of the launches.
+        interpreted: whether they run the interpreted kernels; else `forward` and `backward` above,
+            for float64 networks whose cutoff is RCUT, a hundred times as fast.
+    """
+
+    def __init__(self, monkeypatch, interpreted=False):
+        from md_plugin.kernels import triton_fused
+
+        self.warm_ups = self.captures = self.replays = 0
+        self.tape, self.launches = None, []
+        for name in LAUNCHES:
+            launch = getattr(triton_fused, name) if interpreted else globals()[name]
+            monkeypatch.setattr(triton_fused, name, self._launcher(name, launch))
+
+    def _launcher(self, name, launch):
+
+        def wrapped(*args):
+            self.launches.append((name, args))
+            if self.tape is not None:
+                self.tape.calls.append((launch, args, {}, None))
+                return
+            with _disable_current_modes():  # the interpreter is no part of the step
+                launch(*args)
+
+        return wrapped
+
+    def warm_up(self, call):
+        self.warm_ups += 1
+        return call()
+
+    def capture(self, call):
+        self.captures += 1
+        self.tape = tape = Tape()
+        try:
+            with tape:
+                result = call()
+        finally:
+            self.tape = None
+        tape.undo()
+
+        def play():
+            self.replays += 1
+            tape.play()
+
+        return play, result
+
+
+@contextlib.contextmanager
+def launch_counts(monkeypatch, interpreted=False):
+    """A block of code in which modes do not see what launches do; the launches."""
+    with monkeypatch.context() as patch:
+        yield TapeRecorder(patch, interpreted).launches
