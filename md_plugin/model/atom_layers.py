@@ -23,6 +23,7 @@ from md_plugin.kernels import norms_cpu, softplus_cpu
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.model.interaction import InteractionLayer
 from md_plugin.model.invariants import InvariantMixing
+from md_plugin.model.radial import N_COMPONENTS
 
 Pull = Callable[[Tensor], Tensor]
 Activation = Callable[[Tensor], tuple[Tensor, Pull]]
@@ -43,10 +44,18 @@ class AtomLayers:
         interaction: InteractionLayer = layers[0].layer
         self.combined = _combined(interaction, model, plain)
         self.needs_z = number > 0  # species have no gradient
+        self.n_components = N_COMPONENTS[interaction.order]
         self.inward = [_Linear(interaction.self_interaction)]
         self.inward += [_Linear(layer.layer) for layer in layers[1:]]
         self.outward = [_Outward(layer, activation) for layer in layers]
         self.readout = _Linear(cast(nn.Linear, model.readouts[number + 1]))
+
+    @property
+    def bytes_per_atom(self) -> int:
+        """Of what the way back keeps or makes of each atom at once, about."""
+        width, item = self.readout.weight.shape[1], self.readout.weight.element_size()
+        n_hidden = self.inward[0].weight.shape[0]
+        return item * (3 * self.n_components * n_hidden + len(self.inward) * (3 * n_hidden + width))
 
     @torch.no_grad()
     def forward(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +177,7 @@ def _combined(interaction: InteractionLayer, model: Hipnn, plain: bool) -> Activ
     if interaction.order == 0:
         return lambda m: (m[:, 0], lambda g: g[:, None])
     if plain:
-        return lambda m: _differentiated(interaction.norms, m)
+        return lambda m: _norms(interaction, m)
     scales = [interaction.vector_scale, getattr(interaction, "quadrupole_scale", None)]
     table = torch.stack([scale.detach() for scale in scales if scale is not None]).numpy()
 
@@ -182,6 +191,37 @@ def _combined(interaction: InteractionLayer, model: Hipnn, plain: bool) -> Activ
         return torch.from_numpy(out), pull
 
     return norms
+
+
+def _norms(interaction: InteractionLayer, m: Tensor) -> tuple[Tensor, Pull]:
+    """`InteractionLayer.norms`, and its gradient in one array.
+
+    dE/dm_c = h m_c for a vector, with h = scale dE/dout / root; 2 h m_c for a quadrupole, and
+    h m_yy more for xx, h m_xx for yy, whose trace with zz vanishes.
+    """
+    v, q = m[:, 1:4], m[:, 4:9]
+    roots = [(v.square().sum(dim=1) + interaction.cusp).sqrt_()]
+    scales = [interaction.vector_scale.detach()]
+    if interaction.order == 2:
+        square = q.square().sum(dim=1).addcmul_(q[:, 0], q[:, 3]).mul_(2.0)
+        roots.append(square.add_(interaction.cusp).sqrt_())
+        scales.append(interaction.quadrupole_scale.detach())
+    out = m[:, 0]
+    for scale, root in zip(scales, roots, strict=True):
+        out = torch.addcmul(out, scale, root)
+
+    def pull(g: Tensor) -> Tensor:
+        back = torch.empty_like(m)
+        back[:, 0] = g
+        h = [(scale / root).mul_(g) for scale, root in zip(scales, roots, strict=True)]
+        torch.mul(v, h[0][:, None], out=back[:, 1:4])
+        if interaction.order == 2:
+            torch.mul(q, (2.0 * h[1])[:, None], out=back[:, 4:9])
+            back[:, 4].addcmul_(q[:, 3], h[1])
+            back[:, 7].addcmul_(q[:, 0], h[1])
+        return back
+
+    return out, pull
 
 
 def _invariants(mixing: InvariantMixing, model: Hipnn) -> Activation:

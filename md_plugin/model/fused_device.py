@@ -29,9 +29,13 @@ BLOCK_BYTES = 16_000_000
 
 
 class DeviceEngine:
-    """Kernels in Triton; atom layers in torch, for as many atoms at once as there are."""
+    """Kernels in Triton; atom layers in torch, for as many atoms at once as the workspace holds.
 
-    threads, max_block = False, 1 << 18
+    Fewer, whose activations would stay in the second-level cache, are done before the next operator
+    is launched: docs/gpu.md counts.
+    """
+
+    threads, max_block, workspace = False, 1 << 18, 256_000_000
 
     def __init__(self, model: Hipnn):
         self_check(model.encoder.device, model.encoder.dtype, model.config.order)
@@ -70,7 +74,8 @@ class DeviceSums:
         self.weight = weight.reshape(-1, n_hidden).contiguous()
         self.transposed = self.weight.T.contiguous()
         self.shape = (N_COMPONENTS[interaction.order], n_hidden)
-        self.block = BLOCK_BYTES // (self.shape[0] * weight[..., 0].numel() * weight.element_size())
+        block = BLOCK_BYTES // (self.shape[0] * weight[..., 0].numel() * weight.element_size())
+        self.block = block // 16 * 16  # multiples are all the same to Triton's compiler
 
     def source(self, z: Tensor, n_thread: int) -> Any:
         """See `fused_sums.Sums`."""

@@ -117,10 +117,12 @@ class Engine(Protocol):
     Attributes:
         threads: whether threads of Python share the atoms.
         max_block: atoms that go through the atom layers at once, at most.
+        workspace: bytes that activations of these may take.
     """
 
     threads: bool
     max_block: int
+    workspace: int
 
     def where(self, species: Tensor, geometry: Geometry) -> Any:
         """What the kernels read of atoms and pairs; species (n_send,) int32, as indices."""
@@ -142,7 +144,7 @@ class Engine(Protocol):
 class CpuEngine:
     """Kernels compiled by numba, threads that share the atoms, activations that stay in cache."""
 
-    threads, max_block = True, 1024
+    threads, max_block, workspace = True, 1024, 1 << 30
 
     def __init__(self, model: Hipnn):
         _announce_compilation(bool(model.config.order))

@@ -227,7 +227,9 @@ class _Layer:
     def __init__(self, model: Hipnn, number: int, engine: Engine):
         first = cast(Any, cast(nn.ModuleList, model.blocks[number])[0])
         self.atoms = AtomLayers(model, number, plain=not engine.threads)
-        self.width, self.max_block = model.config.widths[number + 1], engine.max_block
+        self.width = model.config.widths[number + 1]
+        fitting = engine.workspace // self.atoms.bytes_per_atom // LEAST_BLOCK * LEAST_BLOCK
+        self.max_block = min(engine.max_block, max(LEAST_BLOCK, fitting))
         self.sums = engine.sums(first.layer, number == 0)
         self.block = max(LEAST_BLOCK, min(self.max_block, self.sums.block))  # of the sums
 

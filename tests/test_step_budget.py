@@ -1,0 +1,119 @@
+"""What a fused step on a GPU asks for: launches, bytes, memory; none of it grows with the pairs.
+
+Counted with kernels that do nothing, at the shapes of real models; docs/gpu.md has the table.
+"""
+
+import pytest
+import torch
+from kernel_cases import absence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from md_plugin.model.atom_layers import AtomLayers, _norms
+from md_plugin.model.config import HipnnConfig
+from md_plugin.model.fusion import FusedHipnn
+from md_plugin.model.hipnn import Hipnn
+from md_plugin.pairs import Geometry, Pairs
+
+pytestmark = pytest.mark.skipif(bool(absence("triton")), reason=absence("triton") or "there")
+
+N_ATOMS = 64
+METALS, ORGANIC = (13,), (1, 6, 7, 8)
+# 20 sensitivities, 3 atom layers; (kernels, operators that are not views, kB in and out per atom)
+# of one step. hippynn 0.1.3 with its Triton kernels: 124 and 217 kB for the first, 287 and 1,040 kB
+# for "vector, 2 layers", beside what its kernels move and keep per pair.
+BUDGET = {
+    "scalar, 1 layer": ({"n_feat": 64, "species": METALS}, 2, 54, 18),
+    "scalar, 2 layers": ({"n_feat": 64, "species": METALS}, 4, 117, 65),
+    "vector, 1 layer": ({"n_feat": 128, "species": ORGANIC, "order": 1}, 2, 64, 65),
+    "vector, 2 layers": ({"n_feat": 128, "species": ORGANIC, "order": 1}, 4, 142, 290),
+    "quadrupole, 1 layer": ({"n_feat": 128, "species": ORGANIC, "order": 2}, 2, 77, 110),
+    "quadrupole, 2 layers": ({"n_feat": 128, "species": ORGANIC, "order": 2}, 4, 175, 545),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Operators that are not views, and bytes of their arguments and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.operators += 1
+            moved = {(x.data_ptr(), x.shape): x.nbytes for x in tensors((args, kwargs, result))}
+            self.bytes += sum(moved.values())
+        return result
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def place(n_atoms, per_atom):
+    receiver = torch.arange(n_atoms).repeat_interleave(per_atom)
+    sender = (receiver + 1 + torch.arange(len(receiver)) % per_atom) % n_atoms
+    pairs, _ = Pairs.from_edges(receiver, sender, n_atoms, n_atoms)
+    return Geometry(torch.zeros(n_atoms, 3, dtype=torch.float64), pairs)
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_launches_and_bytes_of_a_step(name, monkeypatch):
+    from md_plugin.kernels import triton_fused
+
+    changes, kernels, operators, kilobytes = BUDGET[name]
+    config = HipnnConfig(n_interactions=int(name.split()[1]), **changes)
+    step, launches = FusedHipnn(Hipnn(config, backend="triton"), "triton"), []
+    for launch in ("forward", "backward"):
+        monkeypatch.setattr(triton_fused, launch, lambda *args: launches.append(args))
+    counted = []
+    for n_atoms, n_pair in ((N_ATOMS, 2), (N_ATOMS, 40), (2 * N_ATOMS, 2)):
+        launches.clear()
+        species, geometry = torch.full((n_atoms,), config.species[0]), place(n_atoms, n_pair)
+        with torch.no_grad(), Traffic() as traffic:
+            step.evaluate(species, geometry)
+        counted.append((len(launches), traffic.operators, traffic.bytes))
+    assert counted[0] == counted[1], "something grows with the number of pairs"
+    assert counted[0][:2] == counted[2][:2]
+    per_atom = (counted[2][2] - counted[0][2]) / N_ATOMS / 1000  # weights drop out
+    assert counted[0][0] == kernels and counted[0][1] <= operators, counted
+    assert per_atom <= kilobytes, f"{per_atom:.1f} kB per atom"
+
+
+def test_activations_stay_within_the_workspace():
+    """The estimate, beside what operators of the way back really allocate; and blocks of atoms."""
+    config = HipnnConfig(n_feat=128, species=ORGANIC, order=1)
+    model = Hipnn(config, backend="triton")
+    layers, blocks = AtomLayers(model, 1, plain=True), FusedHipnn(model, "triton").layers
+    mixed, z = torch.randn(N_ATOMS, 4, 128), torch.randn(N_ATOMS, 128)
+    with Allocated() as seen:
+        layers.backward(mixed, z, torch.randn(N_ATOMS, 128))
+    # What is freed on the way is in this sum, but not in the workspace.
+    assert 0.3 * seen.bytes < layers.bytes_per_atom * N_ATOMS < seen.bytes
+    for block in blocks:
+        assert block.max_block % 64 == 0
+        assert 0.9 * 256e6 < block.max_block * block.atoms.bytes_per_atom <= 256e6
+        assert block.block % 16 == 0 and block.block <= block.max_block
+
+
+class Allocated(Traffic):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        fresh = [x for x in tensors(result) if x.untyped_storage().data_ptr() not in given]
+        self.bytes += sum(x.nbytes for x in fresh)
+        return result
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_norms_and_their_gradient(order):
+    interaction = Hipnn(HipnnConfig(species=METALS, n_feat=7, order=order)).double().blocks[1][0]
+    m = torch.randn(5, (1, 4, 9)[order], 7, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 7, dtype=torch.float64)
+    expected = interaction.layer.norms(m)
+    (gradient,) = torch.autograd.grad((expected * g).sum(), m)
+    found, pull = _norms(interaction.layer, m.detach())
+    assert torch.allclose(found, expected, rtol=1e-14, atol=1e-14)
+    assert torch.allclose(pull(g), gradient, rtol=1e-13, atol=1e-13)
