@@ -19,7 +19,7 @@ from md_plugin.memory import keep_freed_memory
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
 # Those of the registry, which imports torch; they need not be available where one exports.
-BACKENDS = ("auto", "torch", "numba", "triton", "cupy")
+BACKENDS = ("auto", "torch", "numba", "triton", "cupy", "numba_cuda")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,7 +203,7 @@ def _backends(args: argparse.Namespace) -> None:
     from md_plugin.kernels import list_backends
 
     for name, reason in list_backends().items():
-        say(f"{name:8s}{'available' if not reason else 'absent: ' + reason}")
+        say(f"{name:12s}{'available' if not reason else 'absent: ' + reason}")
 
 
 def _doctor(args: argparse.Namespace) -> int:

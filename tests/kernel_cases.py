@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 
+import cuda_emulation
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,10 @@ ARGUMENTS = {
     "featsum": ("env", "sense"),
 }
 # "numba" takes one form of featsum or the other by its number of threads: both are tested.
-VARIANTS = {"numba": ("numba", "numba: 3 buffers", "numba: gather")}
+# "cupy" runs on the CPU as well, emulated.
+EMULATED = "cupy: emulated"
+VARIANTS = {"numba": ("numba", "numba: 3 buffers", "numba: gather"), "cupy": ("cupy", EMULATED)}
+NAMES = [*list_backends(), EMULATED]
 BACKENDS = [variant for name in list_backends() for variant in VARIANTS.get(name, (name,))]
 
 
@@ -137,6 +141,9 @@ def run_sum(op, sums, case, arrays, device="cpu"):
 
 def absence(variant, device="cpu"):
     """Why a backend cannot be tested on a device here; "" where it can."""
+    if variant == EMULATED:
+        fault = cuda_emulation.ABSENT or ("it is for CPUs" if device != "cpu" else "")
+        return fault and f"{variant}: {fault}"
     name = variant.partition(": ")[0]
     reason = list_backends()[name] or _interpreter_fault(name)
     if reason:
@@ -175,6 +182,9 @@ def matrix_parameters():
 
 def use_variant(variant, monkeypatch):
     """The backend of that name, in that form."""
+    if variant == EMULATED:
+        cuda_emulation.register(monkeypatch)
+        return get_backend("cupy")
     name, _, form = variant.partition(": ")
     if form:
         from md_plugin.kernels import numba_cpu

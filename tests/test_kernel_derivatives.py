@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import ARGUMENTS, OPS, Case, backend_parameters, use_variant
+from kernel_cases import ARGUMENTS, NAMES, OPS, Case, backend_parameters, use_variant
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
 
-from md_plugin.kernels import list_backends, reference
+from md_plugin.kernels import reference
 from md_plugin.kernels.closure import SumKernels
 from md_plugin.kernels.registry import Backend
 
@@ -19,7 +19,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=backend_parameters(list_backends()))
+@pytest.fixture(params=backend_parameters(NAMES))
 def backend(request, monkeypatch):
     return use_variant(request.param, monkeypatch)
 

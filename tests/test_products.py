@@ -5,19 +5,26 @@ from itertools import product
 
 import pytest
 import torch
-from kernel_cases import DTYPES, absence, backend_parameters, poisoned_memory
+from kernel_cases import (
+    DTYPES,
+    NAMES,
+    absence,
+    backend_parameters,
+    poisoned_memory,
+    use_variant,
+)
 from torch.autograd import gradcheck, gradgradcheck
 
-from md_plugin.kernels import BackendError, get_backend, list_backends, reference
+from md_plugin.kernels import BackendError, get_backend, reference
 from md_plugin.kernels.closure import Fold, StackAlong
 from md_plugin.kernels.registry import Backend
 
 SHAPES = [(0, 4, 20), (1, 1, 1), (17, 4, 20), (5, 9, 7), (3, 16, 33)]  # pairs, components, nu
 
 
-@pytest.fixture(params=backend_parameters(list_backends()))
-def backend(request):
-    return get_backend(request.param)
+@pytest.fixture(params=backend_parameters(NAMES))
+def backend(request, monkeypatch):
+    return use_variant(request.param, monkeypatch)
 
 
 def problem(n_pair, n_comp, n_nu, dtype):

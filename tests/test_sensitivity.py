@@ -6,14 +6,14 @@ from itertools import product
 
 import pytest
 import torch
-from kernel_cases import DTYPES, absence, backend_parameters
+from kernel_cases import DTYPES, NAMES, absence, backend_parameters, use_variant
 from model_helpers import STRUCTURES, make_potential
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from md_plugin.kernels import BackendError, get_backend, list_backends
+from md_plugin.kernels import BackendError, get_backend
 from md_plugin.kernels import radial_reference as reference
 from md_plugin.kernels.radial_reference import Cutoff
 from md_plugin.kernels.registry import Backend
@@ -42,9 +42,10 @@ def functions():
     return Backend("torch", ("cpu",), own)
 
 
-@pytest.fixture(params=[*backend_parameters(list_backends()), "functions"])
-def backend(request):
-    return functions() if request.param == "functions" else get_backend(request.param)
+@pytest.fixture(params=[*backend_parameters(NAMES), "functions"])
+def backend(request, monkeypatch):
+    name = request.param
+    return functions() if name == "functions" else use_variant(name, monkeypatch)
 
 
 def problem(n_pair, n_nu, dtype, seed=0):

@@ -50,7 +50,7 @@ def _view(tensor: Tensor) -> np.ndarray:
     if tensor.device.type != "cpu":
         raise ValueError(
             f"backend 'numba' computes on the CPU, but the tensors are on {tensor.device}; "
-            "choose backend='triton' or move the potential to device='cpu'"
+            "choose backend='auto' or move the potential to device='cpu'"
         )
     return tensor.detach().contiguous().numpy()  # kernels know shapes, not strides
 

@@ -8,7 +8,7 @@ A choice is looked up in this order; the first that says something wins:
     4. the environment     MD_PLUGIN_BACKEND=numba
     5. a settings file     backend = "numba" in md_plugin.toml (working folder), else in
                            $XDG_CONFIG_HOME/md_plugin/settings.toml
-    6. "auto"              GPU: triton, cupy, numba; CPU: numba; torch where nothing else is there
+    6. "auto"              GPU: triton, cupy, numba_cuda; CPU: numba; torch where nothing else is
 
 4 and 5 are read when a model is made, never at import. An explicit choice that cannot be met
 raises and says what exists and why the rest does not; only "auto" may choose, and logs its choice
@@ -48,9 +48,12 @@ BACKENDS = {
     "numba": "md_plugin.kernels.numba_cpu",
     "triton": "md_plugin.kernels.triton_gpu",
     "cupy": "md_plugin.kernels.cupy_gpu",
+    "numba_cuda": "md_plugin.kernels.numba_cuda",
 }
-# numba on a GPU and cupy come with the fast GPU path; "auto" already asks for them in this order.
-AUTO_ORDER = {"cuda": ("triton", "cupy", "numba", "torch"), "cpu": ("numba", "torch")}
+AUTO_ORDER = {"cuda": ("triton", "cupy", "numba_cuda", "torch"), "cpu": ("numba", "torch")}
+# Those for GPUs -> the variable of the environment that runs them slowly on the CPU, for tests.
+SIMULATORS = {"triton": "TRITON_INTERPRET", "cupy": "", "numba_cuda": "NUMBA_ENABLE_CUDASIM"}
+INSTALL = {"triton": "'md-plugin[gpu]'", "cupy": "cupy-cuda12x, or cupy-cuda13x for CUDA 13"}
 ENVIRONMENT_VARIABLE = "MD_PLUGIN_BACKEND"
 
 _block: ContextVar[str | None] = ContextVar("md_plugin_backend", default=None)
@@ -65,7 +68,7 @@ class Backend:
     """The three differentiable sums of one backend.
 
     Attributes:
-        name: "torch", "numba", "triton" or "cupy".
+        name: "torch", "numba", "triton", "cupy" or "numba_cuda".
         devices: device types that it computes on.
         kernels: the raw sums, without autograd.
     """
@@ -124,7 +127,7 @@ def get_backend(name: str, device: torch.device | str = "cpu") -> Backend:
     """The backend of that name.
 
     Args:
-        name: "torch", "numba", "triton", "cupy" or "auto".
+        name: "torch", "numba", "triton", "cupy", "numba_cuda" or "auto".
         device: for "auto" only: the device that the sums will run on.
 
     Raises:
@@ -221,25 +224,25 @@ def _load(name: str) -> Backend:
 def _absence(name: str) -> str:
     if name == "torch":
         return ""
-    if name == "cupy":
-        return "the cupy kernels are not part of this release"
     return absence(name, lambda: _load(name))
 
 
-def absence(package: str, load: Callable[[], object], extra: str = "") -> str:
+def absence(name: str, load: Callable[[], object], extra: str = "") -> str:
     """Why kernels that need a package cannot be had; "" where they can.
 
     Args:
-        package: that they import.
+        name: of the backend, which is that of the package that it imports; "_cuda" is left out.
         load: imports them.
         extra: of this project that installs the package; its own name where empty.
     """
+    package = name.removesuffix("_cuda")
     if find_spec(package) is None:
-        extra = "gpu" if package == "triton" else extra
-        wanted = f"'md-plugin[{extra}]'" if extra else package
+        wanted = f"'md-plugin[{extra}]'" if extra else INSTALL.get(package, package)
         return f"the package {package} is not installed (pip install {wanted})"
-    if package == "triton" and not (torch.cuda.is_available() or triton_interpreted()):
-        return "no CUDA device was found (TRITON_INTERPRET=1 runs it slowly on the CPU, for tests)"
+    if name in SIMULATORS and not (torch.cuda.is_available() or _simulated(name)):
+        variable = SIMULATORS[name]
+        hint = f" ({variable}=1 runs it slowly on the CPU, for tests)" if variable else ""
+        return f"no CUDA device was found{hint}"
     try:
         load()
     except Exception as error:  # a broken installation is a reason, told in full
@@ -249,7 +252,11 @@ def absence(package: str, load: Callable[[], object], extra: str = "") -> str:
 
 def triton_interpreted() -> bool:
     """Whether the environment asks for Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+    return _simulated("triton")
+
+
+def _simulated(name: str) -> bool:
+    return os.environ.get(SIMULATORS[name], "").lower() in ("1", "true", "on", "yes")
 
 
 def inventory(state: Mapping[str, str]) -> str:
