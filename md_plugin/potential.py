@@ -287,9 +287,9 @@ class Potential:
         parts = self.model.parts
         kinds = " + ".join(part.config.kind for part in parts)
         layers = " + ".join(str(part.config.n_interactions) for part in parts)
-        chosen = get_backend(self.model.backend, self.device).name
+        way = "closed sums" if self.why_not_fused() else "fused layers"
         return (
             f"Potential({kinds}, {symbols(self.species)}, {layers} interaction layers, "
             f"rcut={self.rcut} Å, dtype={self.dtype!r}, device={str(self.device)!r}, "
-            f"backend={chosen!r})"
+            f"backend={self._backend!r}, {way})"
         )

@@ -27,6 +27,7 @@ from md_plugin.model.hipnn import Hipnn
 from md_plugin.pairs import Pairs
 
 CPU = torch.device("cpu")
+NO_DEVICE = "no CUDA device was found"
 CONFIG = HipnnConfig(species=(73,), n_feat=4, n_nu=3, n_interactions=1, n_atom_layers=0)
 SUMS = {name: getattr(reference, name) for name in ("envsum", "sensesum", "featsum")}
 
@@ -59,9 +60,11 @@ def one_pair():
 
 def test_every_backend_is_listed_with_its_reason():
     state = list_backends()
-    assert list(state) == ["torch", "numba", "triton", "cupy"]
+    assert list(state) == ["torch", "numba", "triton", "cupy", "numba_cuda"]
     assert state["torch"] == state["numba"] == ""
-    assert state["cupy"] == "the cupy kernels are not part of this release"
+    assert state["cupy"] in ("", NO_DEVICE) or state["cupy"].startswith("the package cupy is not")
+    simulator = " (NUMBA_ENABLE_CUDASIM=1 runs it slowly on the CPU, for tests)"
+    assert state["numba_cuda"] in ("", NO_DEVICE + simulator)
 
 
 def test_the_three_sums_are_attributes():
@@ -141,7 +144,8 @@ def test_a_block_ends_when_its_code_fails():
 
 @pytest.mark.parametrize("explicit", [True, False])
 def test_unknown_names(monkeypatch, explicit):
-    message = r"unknown backend 'nunba'. Available: torch, numba.* Absent: .*cupy: the cupy kernels"
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "cupy" else name)
+    message = r"unknown backend 'nunba'. Available: torch, numba.* Absent: .*cupy: the package cupy"
     monkeypatch.setenv("MD_PLUGIN_BACKEND", "torch" if explicit else "nunba")
     with pytest.raises(BackendError, match=message):
         Hipnn(CONFIG, backend="nunba" if explicit else None)
@@ -161,10 +165,14 @@ def test_settings_file_with_a_fault(user_settings):
     assert Hipnn(CONFIG, backend="torch").backend == "torch"
 
 
-def test_absent_backend():
-    message = "'cupy' is not available: the cupy kernels are not part of this release. Available: t"
-    with pytest.raises(BackendError, match=message):
-        get_backend("cupy")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_absent_backend(monkeypatch):
+    monkeypatch.setattr(registry, "find_spec", lambda name: name)
+    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+    for name in ("cupy", "numba_cuda"):
+        message = f"'{name}' is not available: {NO_DEVICE}.* Available: t"
+        with pytest.raises(BackendError, match=message):
+            get_backend(name)
 
 
 def test_package_that_is_not_installed(monkeypatch):
@@ -172,6 +180,8 @@ def test_package_that_is_not_installed(monkeypatch):
     state = list_backends()
     assert state["numba"] == "the package numba is not installed (pip install numba)"
     assert state["triton"].endswith("triton is not installed (pip install 'md-plugin[gpu]')")
+    assert state["cupy"].endswith("(pip install cupy-cuda12x, or cupy-cuda13x for CUDA 13)")
+    assert state["numba_cuda"] == state["numba"]
     assert get_backend("auto").name == "torch"
     with pytest.raises(BackendError, match="backend 'numba' is not available: the package numba"):
         get_backend("numba")
@@ -191,7 +201,7 @@ def test_auto_follows_the_device_and_is_logged_once(caplog, monkeypatch):
             assert get_backend("auto").name == "numba"
     assert [r.message for r in caplog.records] == ["backend 'auto' chose 'numba' on cpu"]
     there = {name: Backend(name, ("cpu", "cuda"), SumKernels(**SUMS)) for name in list_backends()}
-    order = ("triton", "cupy", "numba", "torch")
+    order = ("triton", "cupy", "numba_cuda", "torch")
     for n_absent, chosen in enumerate(order):
         gone = order[:n_absent]
         with monkeypatch.context() as patch:
@@ -200,7 +210,7 @@ def test_auto_follows_the_device_and_is_logged_once(caplog, monkeypatch):
             registry._auto.cache_clear()
             assert get_backend("auto", "cuda").name == chosen
     registry._auto.cache_clear()
-    assert get_backend("auto", "cuda").name in ("triton", "torch")  # numba computes on the CPU only
+    assert get_backend("auto", "cuda").name in order  # numba computes on the CPU only
 
 
 def test_explicit_backend_on_a_device_that_it_cannot_use():
@@ -263,7 +273,7 @@ def test_command_line_prints_the_reasons(capsys):
     main(["backends"])
     printed = " ".join(capsys.readouterr().out.split())
     assert all(name in printed for name in list_backends())
-    assert "the cupy kernels are not part of this release" in printed
+    assert all(reason in printed for reason in list_backends().values())
 
 
 def test_a_choice_of_the_call_is_not_spoilt_by_the_environment(monkeypatch):

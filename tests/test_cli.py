@@ -149,8 +149,8 @@ def test_backends(capsys, monkeypatch):
     monkeypatch.setattr("md_plugin.kernels.list_backends", lambda: reasons)
     assert cli.main(["backends"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "torch   available",
-        f"triton  absent: {reasons['triton']}",
+        "torch       available",
+        f"triton      absent: {reasons['triton']}",
     ]
 
 
