@@ -163,7 +163,7 @@ def test_gradients(backend, subset, n_pair):
     _, r, mu, sigma, _ = problem(n_pair, 3, torch.float64)
     inputs = [x.requires_grad_(wanted) for x, wanted in zip((r, mu, sigma), subset, strict=True)]
     # Central differences with steps of 1e-6: off by 1e-12 s''', or by 1e-16 / 1e-6.
-    mode = {"atol": 1e-7, "rtol": 1e-6, "fast_mode": backend.name == "triton"}
+    mode = {"atol": 1e-7, "rtol": 1e-6, "fast_mode": backend.name in ("triton", "cupy")}
     gradcheck(lambda *x: backend.sensitivity(*x, CUTOFF), inputs, **mode)
     gradgradcheck(lambda *x: backend.sensitivity(*x, CUTOFF), inputs, **mode)
 
@@ -177,7 +177,7 @@ def test_gradients_of_the_slope(backend, subset):
     def slope(*x):
         return Slope.apply(backend.kernels, CUTOFF, True, *x)
 
-    fast = backend.name == "triton"  # interpreted kernels take milliseconds
+    fast = backend.name in ("triton", "cupy")  # on the CPU they take milliseconds
     gradcheck(slope, inputs, atol=1e-6, rtol=1e-6, fast_mode=fast)
     gradgradcheck(slope, inputs, atol=1e-5, rtol=1e-5, fast_mode=fast)
 
