@@ -44,6 +44,16 @@ def device_of(data: Any) -> torch.device:
     return torch.device("cpu")
 
 
+def fence(device: torch.device) -> None:
+    """Waits for all that LAMMPS and torch have given to a GPU; nothing on a CPU.
+
+    KOKKOS and torch have streams of their own. Whoever reads what the other wrote, or frees what
+    the other reads, waits here first: at the input, around each exchange, and after the results.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Coupling:
     """The rules for one model in one coupling.
 

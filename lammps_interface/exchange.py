@@ -4,6 +4,11 @@
     backward   gradients of all senders -> local atoms, summed   reverse_exchange (its adjoint)
 
 Every rank calls both equally often, also one without atoms or pairs.
+
+Where LAMMPS is on the host and the network on a GPU, rows go through page-locked memory: down go
+the rows that LAMMPS reads, the host waits for them once, and up go the rows that it has filled.
+
+    fill       down n_recv rows, up n_send - n_recv       adjoint    the other way round
 """
 
 from __future__ import annotations
@@ -13,6 +18,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from lammps_interface import couplings
+from md_plugin import devices
+from md_plugin.devices import Staging
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +34,14 @@ class LammpsHalo:
         device: where LAMMPS's arrays, and so the exchanged rows, live.
         order: (n_send,) atom index in LAMMPS of each sender, on `device`; None where sender k is
             atom k.
+        staging: memory for a network on another device; None where it is on `device`.
     """
 
     data: Any
     n_recv: int
     device: torch.device
     order: Tensor | None = None
+    staging: Staging | None = None
 
     def fill(self, features: Tensor) -> Tensor:
         """(n_recv, n_feat) -> (n_send, n_feat); see `md_plugin.halo.Halo`."""
@@ -38,9 +49,35 @@ class LammpsHalo:
 
     def adjoint(self, rows: Tensor) -> Tensor:
         """(n_send, n_feat) -> (n_recv, n_feat); see `md_plugin.halo.Halo`."""
+        if self.staging is not None and self.order is None:
+            host = self._lower(rows, slice(self.n_recv, len(rows)))
+            host[: self.n_recv] = 0.0
+            self.data.reverse_exchange(host, host, host.shape[1])
+            return self.staging.leave(host[: self.n_recv]).add_(rows[: self.n_recv])
         full = self.all_rows(rows)
         _exchange(self.data.reverse_exchange, full)
         return self.sender_rows(full, self.n_recv).to(rows.device)
+
+    def filled(self, rows: Tensor) -> Tensor:
+        """`fill`, outside of autograd."""
+        if self.staging is not None and self.order is None:
+            host = self._lower(rows, slice(0, self.n_recv))
+            self.data.forward_exchange(host, host, host.shape[1])
+            filled = rows.new_empty(host.shape)
+            filled[: self.n_recv] = rows
+            self.staging.leave(host[self.n_recv :], filled[self.n_recv :])
+            return filled
+        full = self.all_rows(rows)
+        _exchange(self.data.forward_exchange, full)
+        return self.sender_rows(full, self.n_send).to(rows.device)
+
+    def _lower(self, rows: Tensor, part: slice) -> Tensor:
+        """Host memory for all atoms of LAMMPS, with that part of the rows in it."""
+        assert self.staging is not None
+        host = self.staging.room((self.data.ntotal, rows.shape[1]), rows.dtype)
+        host[part].copy_(rows[part], non_blocking=True)
+        devices.wait(rows.device)
+        return host
 
     def all_rows(self, rows: Tensor) -> Tensor:
         """Rows of the first senders -> contiguous rows of all atoms of LAMMPS, zero elsewhere."""
@@ -65,9 +102,7 @@ class _Fill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, halo: LammpsHalo) -> Tensor:
         ctx.halo = halo
-        full = halo.all_rows(features.detach())
-        _exchange(halo.data.forward_exchange, full)
-        return halo.sender_rows(full, halo.n_send).to(features.device)
+        return halo.filled(features.detach())
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -77,11 +112,9 @@ class _Fill(torch.autograd.Function):
 
 def _exchange(exchange: Any, full: Tensor) -> None:
     """In place. LAMMPS's KOKKOS coupling works on its own stream: both sides wait."""
-    if full.is_cuda:
-        torch.cuda.synchronize(full.device)
+    couplings.fence(full.device)
     exchange(full, full, full.shape[1])
-    if full.is_cuda:
-        torch.cuda.synchronize(full.device)
+    couplings.fence(full.device)
 
 
 def check_exchange(data: Any, device: torch.device, width: int) -> int:
@@ -102,6 +135,7 @@ def check_exchange(data: Any, device: torch.device, width: int) -> int:
     Raises:
         RuntimeError: the exchange delivers something else.
     """
+    couplings.fence(device)
     known = getattr(data, "tag", None)
     known = data.elems if known is None and data.ntotal else known
     if known is None or not data.ntotal:

@@ -13,6 +13,7 @@ then the other atoms of known types.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lammps_interface import couplings
 from lammps_interface.couplings import device_of
 from lammps_interface.exchange import LammpsHalo
 from md_plugin.committee import energy_std, force_std
+from md_plugin.device_neighbours import search_cells
+from md_plugin.devices import Staging
 from md_plugin.evaluation import Evaluation
 from md_plugin.pairs import Geometry, Pairs
 from md_plugin.units import UnitStyle
@@ -70,20 +74,20 @@ def _tensor(data: Any, name: str, count: int, dtype: torch.dtype, device: torch.
     return torch.as_tensor(getattr(data, name), device=device)[:count].to(dtype)
 
 
-def read_step(data: Any, *, ghost_rows: bool = False) -> EngineStep:
+def read_step(data: Any, *, ghost_rows: bool = False, staging: Staging | None = None) -> EngineStep:
     """Views LAMMPS's arrays as the model's arguments, on LAMMPS's device.
 
     Args:
         data: LAMMPS's data object.
         ghost_rows: whether ghosts are receivers too, with the neighbours that `ghostneigh 1` gives
             them. Without it such rows, which come last, are left out.
+        staging: for exchanges, where the model is on another device.
 
     Raises:
         ValueError: a pair leads to an atom that this pair style does not handle.
     """
     device = device_of(data)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # KOKKOS fills the arrays on another stream
+    couplings.fence(device)
     n_local, n_send, n_pair = int(data.nlistatoms), int(data.ntotal), int(data.npairs)
     n_recv = int(data.natomneigh) if ghost_rows else n_local
     rows = _tensor(data, "iatoms", n_recv, _INDEX, device)
@@ -106,28 +110,73 @@ def read_step(data: Any, *, ghost_rows: bool = False) -> EngineStep:
     row_ptr[1:] = torch.bincount(receiver, minlength=n_recv).cumsum(0)
     halo = None
     if hasattr(data, "forward_exchange"):
-        halo = LammpsHalo(data, n_recv, device, order)
+        halo = LammpsHalo(data, n_recv, device, order, staging)
     return EngineStep(elems, Pairs(row_ptr, sender, n_send), r_ij, halo, n_local, order)
 
 
-def read_geometry(data: Any, length: float) -> tuple[Tensor, Geometry] | None:
-    """Positions and the list with its skin, where mliap/py's rows are its atoms in their order.
+def positions_of(data: Any, step: EngineStep, length: float) -> Tensor:
+    """(n_send, 3) Å, in the order of the senders; `length` is Å per length unit of LAMMPS."""
+    x = torch.from_numpy(data.x)
+    return length * (x if step.order is None else x[step.order])
+
+
+class EngineGeometry:
+    """Positions and pairs of mliap/py where a model computes, kept from step to step.
+
+    On a CPU both are LAMMPS's own memory. Elsewhere a step sends the positions, 24 bytes an atom,
+    and pairs are found there as soon as LAMMPS has new ghosts: LAMMPS's list, 4 bytes a pair, would
+    be as much as 10 to 20 steps of positions, and LAMMPS need not make it. Where that list is not
+    simply all pairs (neigh_modify exclude), it goes over once per rebuild.
 
     Args:
-        data: the data object of mliap/py.
+        species: atomic number of each of the model's elements.
         length: Å per length unit of LAMMPS.
-
-    Returns:
-        (ntotal,) int64 index into the model's elements, and the geometry, Å; None where another
-        pair style handles some types (on every rank alike), which takes `read_step`.
+        rcut: cutoff, Å.
+        device: where the model computes.
+        finds_pairs: whether pairs are found there.
     """
-    elems = torch.from_numpy(data.elems).long()
-    rows = torch.from_numpy(data.iatoms)
-    if data.has_null or not torch.equal(rows, torch.arange(len(rows), dtype=rows.dtype)):
-        return None
-    x = torch.from_numpy(data.x)
-    row_ptr, sender = torch.from_numpy(data.row_ptr), torch.from_numpy(data.sender)
-    return elems, Geometry(x if length == 1.0 else x * length, Pairs(row_ptr, sender, len(x)))
+
+    def __init__(
+        self,
+        species: Sequence[int],
+        length: float,
+        rcut: float,
+        device: torch.device,
+        finds_pairs: bool,
+    ):
+        self.length, self.rcut, self.device, self.finds_pairs = length, rcut, device, finds_pairs
+        self.staging = Staging(device)
+        self._numbers = torch.tensor(species)
+        self._count = -1
+        self._pairs: Pairs | None = None
+        self._elems, self._species = np.zeros(0, np.int32), torch.zeros(0, dtype=_INDEX)
+
+    def read(self, data: Any) -> tuple[Tensor, Geometry] | None:
+        """(ntotal,) atomic numbers, and the geometry, Å; where the model computes.
+
+        None where another pair style handles some types (on every rank alike), or rows are not
+        atoms in their order, which takes `read_step`.
+        """
+        rows = data.iatoms
+        if data.has_null or not np.array_equal(rows, np.arange(len(rows), dtype=rows.dtype)):
+            return None
+        if not np.array_equal(data.elems, self._elems):
+            self._elems = data.elems.copy()
+            self._species = self._numbers[torch.from_numpy(self._elems).long()].to(self.device)
+        x = torch.from_numpy(data.x)
+        if self.finds_pairs or self.device.type != "cpu":
+            x = self.staging.send(x)
+        x = x if self.length == 1.0 else x * self.length
+        if self._pairs is None or data.list_count != self._count:
+            self._count, self._pairs = data.list_count, self._new_pairs(data, x)
+        return self._species, Geometry(x, self._pairs)
+
+    def _new_pairs(self, data: Any, x: Tensor) -> Pairs:
+        if self.finds_pairs and data.whole_list:
+            rcut = self.rcut + self.length * data.skin
+            return search_cells(x, np.eye(3)[None], False, rcut, n_recv=len(data.iatoms)).pairs
+        row_ptr, sender = torch.from_numpy(data.row_ptr), torch.from_numpy(data.sender)
+        return Pairs(row_ptr, sender, len(x)).to(self.device)
 
 
 def _renumber(rows: Tensor, elems: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,11 +236,9 @@ def write_results(data: Any, energy: float, atom_energy: Tensor, pair_gradient: 
         forces = pair_gradient.detach().to(device, torch.float64).contiguous()
         if missing := int(data.npairs) - forces.shape[0]:
             forces = torch.cat([forces, forces.new_zeros(missing, 3)])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            data.update_pair_forces(forces)
-        else:
-            data.update_pair_forces(forces.numpy())
+        couplings.fence(device)
+        data.update_pair_forces(forces if device.type == "cuda" else forces.numpy())
+    couplings.fence(device)  # only then may torch give the memory of `forces` to others
 
 
 def write_sums(data: Any, energy: float, found: Evaluation, units: UnitStyle) -> None:

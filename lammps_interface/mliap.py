@@ -19,9 +19,9 @@ from lammps_interface import faults
 from lammps_interface.couplings import Coupling, check_table, coupling_of, device_of
 from lammps_interface.exchange import LammpsHalo, check_exchange
 from lammps_interface.lammps_data import (
-    EngineStep,
+    EngineGeometry,
     check_finite,
-    read_geometry,
+    positions_of,
     read_step,
     write_centroid,
     write_results,
@@ -29,9 +29,10 @@ from lammps_interface.lammps_data import (
     write_sums,
 )
 from lammps_interface.native import Native, behind
-from lammps_interface.ranks import device_of_rank, end_all, local_rank, sharing
-from md_plugin.checkpoint import load_model_bytes
-from md_plugin.committee import Committee
+from lammps_interface.ranks import device_of_rank, end_all, local_rank, placed
+from lammps_interface.warm_up import warm_up
+from md_plugin.checkpoint import load_model, load_model_bytes
+from md_plugin.devices import Staging
 from md_plugin.kernels.registry import get_backend
 from md_plugin.potential import Potential
 
@@ -79,7 +80,7 @@ class HipnnMLIAP(MLIAPUnified):
         from md_plugin.elements import SYMBOLS
 
         models = [hipnn] if isinstance(hipnn, bytes) else [bytes(model) for model in hipnn]
-        potential = _load_potential(models, device="cpu", dtype=dtype, backend=None)
+        potential = load_model([load_model_bytes(m, device="cpu", dtype=dtype) for m in models])
         self._state: dict[str, Any] = {
             "format": FORMAT,
             "models": models,
@@ -116,6 +117,9 @@ class HipnnMLIAP(MLIAPUnified):
         self._coupling: Coupling | None = None
         self._interface: Any = None
         self._native: Native | None = None
+        self._geometry: EngineGeometry | None = None
+        self._staging: Staging | None = None  # for exchanges, where LAMMPS is on another device
+        self._pairs_ready = False  # whether the code of the way over pairs has been compiled
         self._rank_on_node, self._ranks_on_node = local_rank(), 1
         self.element_types: list[str] = state["elements"]
         self.ndescriptors = 1
@@ -140,7 +144,19 @@ class HipnnMLIAP(MLIAPUnified):
         """Told by mliap/py before the run; also the moment when the weights are read."""
         self._rank_on_node, self._ranks_on_node = rank_on_node, ranks_on_node
         self._set_unit_style(units)
-        _ = self.potential
+        settings = self._state["species"], self._units.length, self.potential.rcut
+        self._geometry = EngineGeometry(*settings, self.potential.device, self.finds_pairs)
+
+    def warm_up(self, first: bool) -> None:
+        """Told by mliap/py after `begin_run`; `first` on one rank of a node, before the others."""
+        fused = not self.potential.why_not_fused()
+        warm_up(self.potential, fused=fused, alone=first)
+        self._pairs_ready = not fused
+
+    @property
+    def finds_pairs(self) -> bool:
+        """Whether LAMMPS need not list pairs: on a GPU they are found there."""
+        return self.potential.device.type != "cpu" and not self.potential.why_not_fused()
 
     @property
     def interface(self) -> Any:
@@ -170,19 +186,17 @@ class HipnnMLIAP(MLIAPUnified):
         return self._potential
 
     def _load(self, device: Any) -> None:
-        state = self._state
-        self._potential = _load_potential(
-            state["models"], device=device, dtype=state["dtype"], backend=state["backend"]
-        )
+        settings = {name: self._state[name] for name in ("dtype", "backend")}
+        members = [load_model_bytes(m, device=device, **settings) for m in self._state["models"]]
+        self._potential = load_model(members)
 
     def describe(self) -> tuple[str, str, str]:
         """Device with its sharing, backend and precision, for the table of ranks."""
         potential = self.potential
         member = getattr(potential, "members", (potential,))[0]
         backend = get_backend(member.model.backend, potential.device).name
-        count = sharing(potential.device, self._state["device"], self._ranks_on_node)
-        shared = f" ({count} ranks)" if count > 1 else ""
-        return f"{potential.device}{shared}", backend, potential.dtype
+        place = placed(potential.device, self._state["device"], self._ranks_on_node)
+        return place, backend, potential.dtype
 
     def _prepare(self, data: Any) -> Coupling:
         """First step: checks the host and settles the device."""
@@ -200,6 +214,8 @@ class HipnnMLIAP(MLIAPUnified):
                 lines += [f"note: this LAMMPS {f.text}; {f.remedy}" for f in coupling.told]
             sys.stdout.write("\n".join(lines) + "\n")
             sys.stdout.flush()
+        elif self.potential.device != device:
+            self._staging = Staging(self.potential.device)
         self._coupling = coupling
         return coupling
 
@@ -216,7 +232,10 @@ class HipnnMLIAP(MLIAPUnified):
         if coupling.kind == faults.PLUGIN and self._compute_sums(data):
             return
         potential, units = self.potential, self._units
-        step = read_step(data, ghost_rows=coupling.ghost_rows)
+        if not self._pairs_ready:
+            warm_up(potential, fused=False, alone=True)
+            self._pairs_ready = True
+        step = read_step(data, ghost_rows=coupling.ghost_rows, staging=self._staging)
         coupling.check_step(data, step.has_ghosts)
         numbers = torch.tensor(self._state["species"], device=step.elems.device)
         r_ij = (step.r_ij * units.length).to(potential.device)
@@ -228,7 +247,7 @@ class HipnnMLIAP(MLIAPUnified):
             r_ij,
             halo=step.halo if self._state["n_exchanges"] else None,
             n_local=step.n_local,
-            positions=self._positions(data, step) if centroid else None,
+            positions=positions_of(data, step, units.length) if centroid else None,
         )
         energy = float(found.energy[0]) / units.energy
         check_finite(energy, data)
@@ -243,17 +262,19 @@ class HipnnMLIAP(MLIAPUnified):
     def _compute_sums(self, data: Any) -> bool:
         """Positions in, forces out, nothing per pair; false where that is not to be had."""
         per_atom = data.want_centroid or data.want_std or data.vatom is not None
-        if per_atom or self.potential.why_not_fused():
+        if per_atom or self._geometry is None or self.potential.why_not_fused():
             return False
-        step = read_geometry(data, self._units.length)
+        step = self._geometry.read(data)
         if step is None:
             return False
-        elems, geometry = step
-        halo = LammpsHalo(data, geometry.pairs.n_recv, geometry.x.device)
+        species, geometry = step
+        host = torch.device("cpu")
+        halo = LammpsHalo(data, geometry.pairs.n_recv, host, staging=self._staging)
         found = self.potential.evaluate_geometry(
-            torch.tensor(self._state["species"])[elems],
+            species,
             geometry,
             halo=halo if self._state["n_exchanges"] else None,
+            results_on=host,
         )
         if found.sums is None:
             return False
@@ -261,10 +282,6 @@ class HipnnMLIAP(MLIAPUnified):
         check_finite(energy, data)
         write_sums(data, energy, found, self._units)
         return True
-
-    def _positions(self, data: Any, step: EngineStep) -> torch.Tensor:
-        x = data.x if step.order is None else data.x[step.order.numpy()]
-        return torch.as_tensor(x, device=self.potential.device) * self._units.length
 
     def compute_descriptors(self, data: Any) -> None:
         """Nothing: LAMMPS calls it before compute_forces."""
@@ -280,9 +297,3 @@ class HipnnMLIAP(MLIAPUnified):
             f"HipnnMLIAP({' '.join(state['elements'])}, rcut={state['rcut']} Å, "
             f"dtype={state['dtype']!r}, device={state['device']!r}, backend={state['backend']!r})"
         )
-
-
-def _load_potential(models: Sequence[bytes], **settings: Any) -> Potential:
-    """The potential of one checkpoint, or the committee of several."""
-    members = [load_model_bytes(model, **settings) for model in models]
-    return members[0] if len(members) == 1 else Committee(members)

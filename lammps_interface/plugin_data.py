@@ -11,10 +11,10 @@ that any MLIAPUnified object runs under it:
     update_pair_energy update_pair_forces forward_exchange reverse_exchange eflag vflag
 
 and what makes it fast: `x`, the pair list with its skin (`row_ptr`, `sender`), `list_count`,
-which grows each time that list was rebuilt, and `add_virial`; and what only this pair style has:
-centroid virials (`want_centroid`, `cvatom`) and the spread of a committee (`want_std`,
-`force_std`, `energy_std`). Pair arrays inside the cutoff are
-built only when they are asked for. Arrays are views of LAMMPS's memory, valid during one call.
+which grows each time that list was rebuilt, `skin`, `whole_list` (see `session`: finds_pairs),
+and `add_virial`; and what only this pair style has: centroid virials (`want_centroid`, `cvatom`)
+and the spread of a committee (`want_std`, `force_std`, `energy_std`). Pair arrays inside the cutoff
+are built only when they are asked for. Arrays are views of LAMMPS's memory, valid during one call.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class PluginData:
         self.vflag: int = view.vflag
         self.step: int = view.step
         self.list_count: int = view.list_count
+        self.whole_list = bool(view.whole_list)
+        self.skin: float = view.skin
         self.want_std = bool(view.want_std)
         self.want_centroid = bool(view.want_centroid)
         # whether another pair style handles some types
@@ -92,11 +94,13 @@ class PluginData:
     @property
     def row_ptr(self) -> np.ndarray:
         """(nlistatoms + 1,) int32, start of each row in `sender`."""
+        self._check(self._view.list_pairs(self._view.pair))
         return array_at(self._view.row_ptr, (self.nlistatoms + 1,), np.int32)
 
     @property
     def sender(self) -> np.ndarray:
         """(n_pair,) int32 atom index of each neighbour, skin included."""
+        self._check(self._view.list_pairs(self._view.pair))
         return array_at(self._view.sender, (self._view.n_pair,), np.int32)
 
     # LAMMPS's own pair arrays, strictly inside the cutoff

@@ -1,7 +1,8 @@
 """A rank among others: its GPU, its row in the table of ranks, and how it ends the whole run.
 
 Ranks of one node share its GPUs: rank k of a node takes GPU k modulo their number, so that every
-GPU is used before one is shared. A GPU that was asked for and is not there is an error.
+GPU is used before one is shared; k counts on the node, not through the run. Where a launcher shows
+each rank one GPU, that one is taken. A GPU that was asked for and is not there is an error.
 """
 
 from __future__ import annotations
@@ -72,6 +73,19 @@ def sharing(device: torch.device, asked: str, ranks_on_node: int) -> int:
         return ranks_on_node  # one GPU was named for all
     count = torch.cuda.device_count()
     return len(range(device.index or 0, ranks_on_node, count))
+
+
+def placed(device: torch.device, asked: str, ranks_on_node: int) -> str:
+    """A device for the table of ranks, and how many ranks share it.
+
+    A launcher may show each rank a GPU of its own, as cuda:0 (CUDA_VISIBLE_DEVICES): which one that
+    is then stands there instead, and two rows with the same one share it.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if device.type == "cuda" and len(shown) == 1 and shown[0] and ranks_on_node > 1:
+        return f"{device} (GPU {shown[0][:8]})"
+    count = sharing(device, asked, ranks_on_node)
+    return f"{device} ({count} ranks)" if count > 1 else str(device)
 
 
 def row(

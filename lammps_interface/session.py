@@ -8,9 +8,13 @@ Optional attributes of a unified object that a session asks for:
     comm_width         largest number of features per atom in one exchange, in float64; 0 means
                        that it never exchanges. Without it, 64. Wider exchanges are split.
     begin_run(units, rank_on_node, ranks_on_node)      told before rcutfac is read
+    warm_up(first)     compiles: told on one rank of each node, and after that on the others
     centroid           True if compute_forces fills data.cvatom where data.want_centroid is true
     n_models           members of a committee: where data.want_std is true, compute_forces fills
                        data.force_std and data.energy_std
+    finds_pairs        True if it needs no list: LAMMPS then makes `row_ptr` and `sender` only when
+                       they are read. Where data.whole_list is true they would hold every sender
+                       within the cutoff and data.skin of a local atom; else they have to be read
     describe()         device, backend and precision, for the table of ranks
 """
 
@@ -70,6 +74,7 @@ class Session:
         view.comm_width = int(getattr(self.unified, "comm_width", DEFAULT_COMM_WIDTH))
         view.centroid = bool(getattr(self.unified, "centroid", False))
         view.n_models = int(getattr(self.unified, "n_models", 1))
+        view.finds_pairs = bool(getattr(self.unified, "finds_pairs", False))
         if view.ghostneigh and not hasattr(self.unified, "comm_width"):
             raise ValueError(
                 "pair_style mliap/py lists no neighbours of ghost atoms (ghostneigh 1); models "
@@ -106,6 +111,12 @@ class Session:
                 )
         if (types < 0).all():
             raise ValueError("pair_coeff maps no atom type to an element of the model")
+
+    @_reported()
+    def warm_up(self, _: str = "") -> None:
+        """Called on one rank of each node, and after that on the others."""
+        if hasattr(self.unified, "warm_up"):
+            self.unified.warm_up(self._view.node_rank == 0)
 
     @_reported()
     def compute(self, _: str = "") -> None:

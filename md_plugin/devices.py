@@ -69,15 +69,22 @@ class Staging:
         """A new tensor on the device; the array may change as soon as this returns."""
         return self.leave(self.room(array.shape, array.dtype).copy_(array))
 
-    def leave(self, rows: Tensor) -> Tensor:
-        """A new tensor on the device, of rows of `room` that have been filled."""
-        there = torch.empty_like(rows, device=self.device, pin_memory=False)
+    def leave(self, rows: Tensor, there: Tensor | None = None) -> Tensor:
+        """Filled rows of `room`, on the device: in the tensor `there`, or in a new one."""
+        if there is None:
+            there = torch.empty_like(rows, device=self.device, pin_memory=False)
         there.copy_(rows, non_blocking=True)
         self.n_bytes += rows.nbytes
         if self.device.type == "cuda":
             self._left = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._left.record(torch.cuda.current_stream(self.device))
         return there
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what this thread has given to it; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -255,7 +255,7 @@ class Potential:
 
     def _moments(self, halo: Halo | None, positions: Tensor) -> MomentHalo:
         centred = positions - positions.mean(dim=0) if len(positions) else positions
-        return MomentHalo(halo or NoHalo(), centred.to(self.geometry_dtype))
+        return MomentHalo(halo or NoHalo(), centred.to(self.device, self.geometry_dtype))
 
     def check_species(self, species: Tensor | np.ndarray) -> None:
         """Raise ValueError naming every element that the model was not made for."""

@@ -3,6 +3,10 @@
 #include "pair_mliap_py.h"
 
 #include "atom.h"
+#include "neigh_list.h"
+#include "neighbor.h"
+
+#include <stdexcept>
 
 using namespace LAMMPS_NS;
 
@@ -24,6 +28,9 @@ void PairMLIAPPy::set_callbacks()
   view.inside_pairs = [](void *pair) {
     return guarded(pair, [](PairMLIAPPy *p) { return p->inside_pairs(); });
   };
+  view.list_pairs = [](void *pair) {
+    return guarded(pair, [](PairMLIAPPy *p) { return p->list_pairs(); });
+  };
   view.pair_forces = [](void *pair, const double *fij) {
     return guarded(pair, [=](PairMLIAPPy *p) { return p->pair_forces(fij); });
   };
@@ -35,10 +42,51 @@ void PairMLIAPPy::set_callbacks()
   };
 }
 
+// The neighbour list as compressed rows, copied once after each rebuild. With other pair styles
+// beside this one the list may reach further than this style needs; such pairs are left out.
+int PairMLIAPPy::list_pairs()
+{
+  if (rows_of == list) return 0;
+  if (list->occasional) neighbor->build_one(list);
+  if (view.whole_list && list->inum != atom->nlocal)
+    throw std::logic_error("LAMMPS lists neighbours of some local atoms only");
+  const double reach = view.rcut + neighbor->skin;
+  const double reach_sq = neighbor->ago == 0 ? reach * reach : 1e300;
+  double **x = atom->x;
+  row_ptr.resize(list->inum + 1);
+  row_ptr[0] = 0;
+  int64_t longest = 0;
+  for (int k = 0; k < list->inum; k++) longest += list->numneigh[list->ilist[k]];
+  if (longest > MAXSMALLINT)
+    stop("more than 2147483647 pairs on one rank; use more ranks");
+  sender.resize(longest);
+
+  int n_pair = 0;
+  for (int k = 0; k < list->inum; k++) {
+    const int i = list->ilist[k];
+    const int *neighbours = list->firstneigh[i];
+    for (int m = 0; m < list->numneigh[i]; m++) {
+      const int j = neighbours[m] & NEIGHMASK;
+      const double dx = x[j][0] - x[i][0], dy = x[j][1] - x[i][1], dz = x[j][2] - x[i][2];
+      // written so that a pair with NaN coordinates stays in, for Python to name
+      if (dx * dx + dy * dy + dz * dz > reach_sq) continue;
+      sender[n_pair++] = j;
+    }
+    row_ptr[k + 1] = n_pair;
+  }
+  sender.resize(n_pair);
+  rows_of = list;
+  view.row_ptr = row_ptr.data();
+  view.sender = sender.data();
+  view.n_pair = n_pair;
+  return 0;
+}
+
 // LAMMPS's own arrays of pairs strictly inside the cutoff, for objects that ask for them.
 int PairMLIAPPy::inside_pairs()
 {
   if (inside_known) return 0;
+  list_pairs();
   double **x = atom->x;
   const double cut_sq = view.rcut * view.rcut;
   numneighs.assign(view.nlist, 0);

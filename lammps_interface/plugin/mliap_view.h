@@ -28,6 +28,7 @@ struct MLIAPView {
   int32_t comm_width;    // largest number of features per atom in one exchange; 0: no exchange
   int32_t centroid;      // 1: the model knows its centroid virials
   int32_t n_models;      // members of a committee; 1 for a single model
+  int32_t finds_pairs;   // 1: the model finds pairs by itself; the list is made when asked for
   int32_t ghostneigh;    // read: 1 where the script asks for neighbours of ghosts
   char info[512];        // one line for the log: which model, on what
 
@@ -40,7 +41,9 @@ struct MLIAPView {
   int32_t eflag, vflag;
   int64_t list_count;          // grows by one each time the pair list below was rebuilt
   int64_t step;
-  int64_t n_pair;              // pairs of the list, skin included
+  int64_t n_pair;              // pairs of the list, skin included; after list_pairs
+  int32_t whole_list;          // 1: the list would be all pairs of local atoms, and is not made
+  double skin;                 // of the list, LAMMPS length unit
   int32_t want_std;            // 1: force_std and energy_std are asked for
   int32_t want_centroid;       // 1: cvatom is asked for, on every rank
   const double *x;             // (ntotal, 3)
@@ -48,8 +51,8 @@ struct MLIAPView {
   const void *tag;             // (ntotal,) global ids; null where the atoms have none
   const int32_t *elems;        // (ntotal,) element index, -1 for NULL types
   const int32_t *ilist;        // (nlist,)
-  const int32_t *row_ptr;      // (nlist + 1,)
-  const int32_t *sender;       // (n_pair,)
+  const int32_t *row_ptr;      // (nlist + 1,), after list_pairs
+  const int32_t *sender;       // (n_pair,), after list_pairs
 
   // one time step: written
   double *f;         // (ntotal, 3), added to
@@ -71,6 +74,7 @@ struct MLIAPView {
   const double *inside_rij;     // (n_inside, 3) x[j] - x[i]
 
   // callbacks: 0 for success, otherwise error_text says why
+  int32_t (*list_pairs)(void *pair);    // makes row_ptr and sender where they are not there yet
   int32_t (*inside_pairs)(void *pair);
   int32_t (*pair_forces)(void *pair, const double *fij);
   int32_t (*exchange)(void *pair, int32_t reverse, void *rows, int64_t row_bytes,

@@ -18,12 +18,13 @@
 #include <chrono>
 #include <cstring>
 #include <dlfcn.h>
+#include <numeric>
 #include <thread>
 
 using namespace LAMMPS_NS;
 
 PairMLIAPPy::PairMLIAPPy(LAMMPS *lmp) :
-    Pair(lmp), view(), ranks_printed(false), rows_of(nullptr), force_std_flag(0),
+    Pair(lmp), view(), ranks_printed(false), seen(nullptr), rows_of(nullptr), force_std_flag(0),
     energy_std_flag(0), std_asked(false), std_flagged(false), inside_known(false), rows(nullptr),
     row_bytes(0), n_bytes(0), item_bytes(0), n_slots(0)
 {
@@ -125,6 +126,9 @@ void PairMLIAPPy::settings(int narg, char **arg)
     view.owns_process = mdp::owns_interpreter();
     session.create("lammps_interface.session", "open_session", &view, arg[1]);
   });
+  // One rank of each node compiles what the disk does not hold yet; the others read it then.
+  together([&] { if (view.node_rank == 0) session.call("warm_up", ""); });
+  together([&] { if (view.node_rank != 0) session.call("warm_up", ""); });
 
   if (comm->me == 0) utils::logmesg(lmp, "mliap/py: {}\n", view.info);
 
@@ -166,8 +170,11 @@ void PairMLIAPPy::init_style()
     error->all(FLERR, "pair_style mliap/py requires newton pair on: put 'newton on' at the top "
                       "of the script");
   check_special_bonds();
-  neighbor->add_request(this, NeighConst::REQ_FULL);
-  rows_of = nullptr;
+  // an occasional list is made when it is asked for
+  const bool found = view.finds_pairs && force->pair == this;
+  neighbor->add_request(this,
+                        NeighConst::REQ_FULL | (found ? NeighConst::REQ_OCCASIONAL : 0));
+  seen = rows_of = nullptr;
 }
 
 // LAMMPS leaves bonded neighbours with a weight of zero, its default, out of the list. A network
@@ -191,54 +198,35 @@ double PairMLIAPPy::init_one(int i, int j)
   return view.rcut;
 }
 
-// Copies the neighbour list into compressed rows. With other pair styles beside this one the
-// list may reach further than this style needs; such pairs are left out.
-void PairMLIAPPy::rebuild_rows()
-{
-  const double reach = view.rcut + neighbor->skin;
-  const double reach_sq = neighbor->ago == 0 ? reach * reach : 1e300;
-  double **x = atom->x;
-  row_ptr.resize(list->inum + 1);
-  row_ptr[0] = 0;
-  int64_t longest = 0;
-  for (int k = 0; k < list->inum; k++) longest += list->numneigh[list->ilist[k]];
-  if (longest > MAXSMALLINT)
-    stop("more than 2147483647 pairs on one rank; use more ranks");
-  sender.resize(longest);
-
-  int n_pair = 0;
-  for (int k = 0; k < list->inum; k++) {
-    const int i = list->ilist[k];
-    const int *neighbours = list->firstneigh[i];
-    for (int m = 0; m < list->numneigh[i]; m++) {
-      const int j = neighbours[m] & NEIGHMASK;
-      const double dx = x[j][0] - x[i][0], dy = x[j][1] - x[i][1], dz = x[j][2] - x[i][2];
-      // written so that a pair with NaN coordinates stays in, for Python to name
-      if (dx * dx + dy * dy + dz * dz > reach_sq) continue;
-      sender[n_pair++] = j;
-    }
-    row_ptr[k + 1] = n_pair;
-  }
-  sender.resize(n_pair);
-  rows_of = list;
-  view.list_count++;
-}
-
 void PairMLIAPPy::fill_view(int eflag, int vflag)
 {
   const int ntotal = atom->nlocal + atom->nghost;
-  if (neighbor->ago == 0 || rows_of != list || view.nlist != list->inum ||
-      view.ntotal != ntotal || view.nlocal != atom->nlocal)
-    rebuild_rows();
+  // Where Python finds the pairs, LAMMPS lists them only when it is asked to, or where the list is
+  // not simply all pairs.
+  view.whole_list = list->occasional && !neighbor->exclude && !neighbor->includegroup;
+  const int nlist = view.whole_list ? atom->nlocal : list->inum;
+  if (neighbor->ago == 0 || seen != list || view.nlist != nlist || view.ntotal != ntotal ||
+      view.nlocal != atom->nlocal) {
+    rows_of = nullptr;
+    seen = list;
+    view.list_count++;
+    if (!view.whole_list) list_pairs();
+  }
+  if (view.whole_list && local.size() != static_cast<size_t>(nlist)) {
+    local.resize(nlist);
+    std::iota(local.begin(), local.end(), 0);
+  }
+  view.nlist = view.whole_list ? nlist : list->inum;
+  view.ilist = view.whole_list ? local.data() : list->ilist;
+  view.skin = neighbor->skin;
 
   elems.resize(ntotal);
   for (int i = 0; i < ntotal; i++) elems[i] = type_map[atom->type[i] - 1];
-  eatoms.assign(list->inum, 0.0);
+  eatoms.assign(view.nlist, 0.0);
   inside_known = false;
 
   view.nlocal = atom->nlocal;
   view.ntotal = ntotal;
-  view.nlist = list->inum;
   view.eflag = eflag;
   view.vflag = vflag;
   view.step = update->ntimestep;
@@ -249,15 +237,11 @@ void PairMLIAPPy::fill_view(int eflag, int vflag)
   }
   view.force_std = view.want_std ? force_std.data() : nullptr;
   view.energy_std = view.want_std ? energy_std.data() : nullptr;
-  view.n_pair = static_cast<int64_t>(sender.size());
   view.x = ntotal ? atom->x[0] : nullptr;
   view.f = ntotal ? atom->f[0] : nullptr;
   view.tag_bytes = sizeof(tagint);
   view.tag = atom->tag_enable ? atom->tag : nullptr;
   view.elems = elems.data();
-  view.ilist = list->ilist;
-  view.row_ptr = row_ptr.data();
-  view.sender = sender.data();
   view.eatoms = eatoms.data();
   view.energy = 0.0;
   std::fill(view.virial, view.virial + 6, 0.0);
@@ -284,7 +268,7 @@ void PairMLIAPPy::tally()
 {
   if (eflag_global) eng_vdwl += view.energy;
   if (eflag_atom)
-    for (int k = 0; k < list->inum; k++) eatom[list->ilist[k]] += eatoms[k];
+    for (int k = 0; k < view.nlist; k++) eatom[view.ilist[k]] += eatoms[k];
   if (vflag_global)
     for (int k = 0; k < 6; k++) virial[k] += view.virial[k];
 }
@@ -292,7 +276,7 @@ void PairMLIAPPy::tally()
 double PairMLIAPPy::memory_usage()
 {
   double bytes = Pair::memory_usage();
-  for (const auto *v : {&row_ptr, &sender, &elems, &inside_row, &inside_i, &inside_j, &numneighs})
+  for (const auto *v : {&row_ptr, &sender, &local, &elems, &inside_row, &inside_i, &inside_j, &numneighs})
     bytes += static_cast<double>(v->capacity()) * sizeof(int);
   bytes += static_cast<double>(eatoms.capacity() + inside_rij.capacity()) * sizeof(double);
   return bytes;

@@ -3,7 +3,8 @@
 //   pair_style mliap/py unified FILE [0]        (or `mliap` under `lmp -sf py`)
 //   pair_coeff * * El1 El2 ...                  one element, or NULL, for each atom type
 //
-// The pair list is copied once per rebuild into compressed rows; each step hands Python the
+// The pair list is copied once per rebuild into compressed rows, or is not made at all where the
+// model finds its pairs on a GPU; each step hands Python the
 // address of an MLIAPView and adds what comes back to forces, energy and virial. Feature
 // exchanges run over LAMMPS's own forward and reverse communication.
 
@@ -43,13 +44,13 @@ class PairMLIAPPy : public Pair {
   void set_callbacks();
   void allocate();
   void check_special_bonds();
-  void rebuild_rows();
   void fill_view(int, int);
   void tally();
   void print_ranks();
   void together(const std::function<void()> &);
   [[noreturn]] void stop(const std::string &);
 
+  int list_pairs();
   int inside_pairs();
   int pair_forces(const double *);
   int exchange(int, void *, int64_t, int64_t, int, int);
@@ -61,8 +62,9 @@ class PairMLIAPPy : public Pair {
   std::string error_text, mpi_library;
   bool ranks_printed;
 
-  class NeighList *rows_of;    // the list that the rows below were copied from
-  std::vector<int> row_ptr, sender, elems, type_map;
+  class NeighList *seen;       // the list of the last step
+  class NeighList *rows_of;    // the list that the rows below were copied from, null after a rebuild
+  std::vector<int> row_ptr, sender, local, elems, type_map;
   std::vector<double> eatoms;
 
   // spread of a committee, for fix pair
