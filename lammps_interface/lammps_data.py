@@ -173,6 +173,7 @@ class EngineGeometry:
 
     def _new_pairs(self, data: Any, x: Tensor) -> Pairs:
         if self.finds_pairs and data.whole_list:
+            check_positions(data.x)
             rcut = self.rcut + self.length * data.skin
             return search_cells(x, np.eye(3)[None], False, rcut, n_recv=len(data.iatoms)).pairs
         row_ptr, sender = torch.from_numpy(data.row_ptr), torch.from_numpy(data.sender)
@@ -198,17 +199,21 @@ def _check_renumbered(atoms: Tensor, sender: Tensor, n_recv: int, data: Any) -> 
         )
 
 
-def check_finite(energy: float, data: Any) -> None:
-    """Raise ValueError where the energy of a step is not a number, saying why."""
-    if math.isfinite(energy):
-        return
-    x = getattr(data, "x", None)
-    n_bad = 0 if x is None else int((~np.isfinite(x).all(axis=1)).sum())
+def check_positions(x: np.ndarray) -> None:
+    """Raise ValueError where positions (n, 3) are not numbers."""
+    n_bad = int((~np.isfinite(x).all(axis=1)).sum())
     if n_bad:
         raise ValueError(
             f"{n_bad} atoms have positions that are not numbers; the run has become unstable "
             "(time step too long, or a bad start)"
         )
+
+
+def check_finite(energy: float, data: Any) -> None:
+    """Raise ValueError where the energy of a step is not a number, saying why."""
+    if math.isfinite(energy):
+        return
+    check_positions(getattr(data, "x", np.zeros((0, 3))))
     raise ValueError(
         f"the energy is {energy}: atoms are probably far closer than the model was trained for"
     )

@@ -55,6 +55,9 @@ class Staging:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._left: Any = None  # event on the device: the last copy is out of the memory
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Staging, (self.device,)
+
     def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The memory as a tensor, to be filled by the host; the next call gives it again."""
         if self._left is not None:
@@ -76,7 +79,8 @@ class Staging:
         there.copy_(rows, non_blocking=True)
         self.n_bytes += rows.nbytes
         if self.device.type == "cuda":
-            self._left = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            if self._left is None:
+                self._left = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._left.record(torch.cuda.current_stream(self.device))
         return there
 

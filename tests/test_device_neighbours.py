@@ -1,5 +1,7 @@
 """Neighbours by cells in torch against brute force and vesin; what crosses to the device."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -227,6 +229,27 @@ def test_staging_waits_until_a_copy_has_left_its_memory():
     staging._left = Event()
     staging.send(torch.tensor([2.0], dtype=torch.float64))
     assert order == [("waited", 1.0)]
+
+
+def test_staging_asks_for_page_locked_memory_once(monkeypatch):
+    asked, empty = [], torch.empty
+
+    def recorded(*shape, pin_memory=False, **settings):
+        asked.append((shape, pin_memory))
+        return empty(*shape, **settings)
+
+    staging = Staging(torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", recorded)
+    for n in (4, 2, 4, 1):
+        assert staging.room((n, 3), torch.float32).shape == (n, 3)
+    assert asked == [((48,), True)]
+
+
+def test_copies_of_a_staging_share_nothing():
+    staging = Staging(CPU)
+    staging.send(torch.ones(3))
+    other = copy.deepcopy(staging)
+    assert other.device == CPU and len(other._memory) == 0 and other._memory is not staging._memory
 
 
 def test_moved_is_one_copy():

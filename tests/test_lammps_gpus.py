@@ -28,10 +28,12 @@ from test_lammps_model import make_potential
 from lammps_interface import couplings, faults, ranks, warm_up
 from lammps_interface.couplings import Coupling
 from lammps_interface.exchange import LammpsHalo, check_exchange
+from lammps_interface.lammps_data import EngineGeometry
 from lammps_interface.mliap import HipnnMLIAP
 from md_plugin import devices
 from md_plugin.checkpoint import model_bytes
 from md_plugin.devices import Staging
+from md_plugin.neighbours import neighbour_pairs
 
 CPU = torch.device("cpu")
 
@@ -110,6 +112,44 @@ def test_without_the_wait_lammps_reads_something_else(way, monkeypatch):
     found = getattr(staged, way)(rows)
     stream.wait()
     assert not torch.allclose(found, expected)
+
+
+def step_of(x, list_count=1, whole_list=True):
+    """What mliap/py hands over, as far as positions and pairs go."""
+    n = len(x)
+    whole = neighbour_pairs(x, np.zeros((3, 3)), False, 4.0)[0]
+    return SimpleNamespace(
+        x=x,
+        elems=np.zeros(n, np.int32),
+        iatoms=np.arange(n, dtype=np.int32),
+        has_null=False,
+        list_count=list_count,
+        whole_list=whole_list,
+        skin=1.0,
+        row_ptr=whole.row_ptr.numpy(),
+        sender=whole.sender.numpy(),
+    )
+
+
+def test_pairs_are_found_once_for_each_list():
+    geometry = EngineGeometry((73,), 1.0, 3.0, CPU, finds_pairs=True)
+    x = np.random.default_rng(1).uniform(0, 8, (30, 3))
+    species, first = geometry.read(step_of(x))
+    again, second = geometry.read(step_of(x + 0.01))
+    assert second.pairs is first.pairs and again is species and species.tolist() == [73] * 30
+    np.testing.assert_array_equal(second.x, x + 0.01)
+    _, third = geometry.read(step_of(x, list_count=2))
+    assert third.pairs is not first.pairs
+    listed = geometry.read(step_of(x, list_count=3, whole_list=False))[1].pairs
+    assert torch.equal(listed.row_ptr, first.pairs.row_ptr)  # cutoff and skin
+
+
+def test_positions_that_are_not_numbers_make_no_list():
+    geometry = EngineGeometry((73,), 1.0, 3.0, CPU, finds_pairs=True)
+    bad = step_of(np.ones((2, 3)))
+    bad.x[1, 2] = np.nan
+    with pytest.raises(ValueError, match="1 atoms have positions that are not numbers"):
+        geometry.read(bad)
 
 
 # --- KOKKOS -------------------------------------------------------------------------------------
