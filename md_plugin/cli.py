@@ -15,6 +15,7 @@ from typing import Any
 from md_plugin import __version__
 from md_plugin.cli_label import add_label_command
 from md_plugin.cli_models import add_model_commands, say
+from md_plugin.cli_tune import add_tune_command
 from md_plugin.memory import keep_freed_memory
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     add_model_commands(commands)
     add_label_command(commands)
+    add_tune_command(commands)
 
     backends = commands.add_parser("backends", help="kernels that are available, and why not")
     backends.set_defaults(command=_backends)

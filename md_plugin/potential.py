@@ -195,7 +195,8 @@ class Potential:
         """That of these weights, made anew where one of them has changed."""
         from md_plugin.model import device_step, fusion
 
-        known: list[Any] = [self._backend, self.graphs]
+        repeatable = torch.are_deterministic_algorithms_enabled()  # other kernels then
+        known: list[Any] = [self._backend, self.graphs, repeatable]
         for layer in self._layers:
             known += [(p.data_ptr(), p._version) for p in layer.values() if p is not None]
         if self._fused is None or self._fused[0] != known:

@@ -33,6 +33,7 @@ FLOORS = {
         "kernels.simd",
         "kernels.tiles",
         "kernels.triton_*",
+        "kernels.tuning",
         "kernels.cuda_launch",
         "kernels.cupy_gpu",
         "kernels.numba_cuda",
@@ -135,7 +136,7 @@ NO_PACKAGES += ("lammps_interface.entry", "lammps_interface.build")  # run at ea
 OPTIONAL = ("hippynn", "cupy", "triton", "pyscf", "torch_sim")
 OWN_FILES = ("triton_gpu", "cupy_gpu", "torch_sim_model")  # made of an optional package
 OWN_FILES += ("triton_parts", "triton_radial", "triton_pairs", "triton_layer", "triton_fused")
-OWN_FILES += ("fused_device", "numba_cuda")
+OWN_FILES += ("fused_device", "numba_cuda", "model.tuner")
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 300, 50, 6
 

@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
+from md_plugin.kernels import tuning
 from md_plugin.kernels.triton_layer import backward_kernel, forward_kernel
 from md_plugin.kernels.triton_parts import SIN_TERMS, on_device, power_of_two
 
@@ -193,7 +194,8 @@ def backward(
 def options(radial: Radial, env: Tensor, back: bool = False) -> dict[str, Any]:
     """What is compiled in, for an array of this shape and dtype, and how it is launched."""
     _, n_comp, n_nu, n_feat = env.shape
-    tile = tiles(n_comp, n_nu, n_feat, env.dtype, back)
+    tile: dict[str, Any] = dict(tiles(n_comp, n_nu, n_feat, env.dtype, back))
+    tile |= tuning.chosen("backward" if back else "forward", env.shape, env.dtype, env.device)
     if back:
         tile["NU_BLOCKS"] = triton.cdiv(n_nu, tile["BLOCK_NU"])
         tile["F_BLOCKS"] = triton.cdiv(n_feat, tile["BLOCK_F"])

@@ -1,0 +1,234 @@
+"""How kernels are launched: what is measured, kept, used by later runs, and what is not."""
+
+import json
+import logging
+import os
+
+import pytest
+import torch
+from graph_recorder import TapeRecorder
+from kernel_cases import absence
+from model_helpers import make_model
+from test_device_step import chain, inputs, network
+
+from md_plugin import cli_tune
+from md_plugin.cli import main
+from md_plugin.kernels import tuning
+from md_plugin.model.fusion import FusedHipnn
+
+CPU = torch.device("cpu")
+USUAL = {"BLOCK_P": 16, "BLOCK_NU": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 1}
+KEY = "forward 1 8 4 float32"
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or bool(absence("triton")),
+    reason=absence("triton") or "there is a GPU",
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caches = (tuning._measured, tuning.identity, tuning.shipped_for)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_a_shape_is_known_by_its_class():
+    assert tuning.key("forward", (100, 4, 20, 128), torch.float32) == "forward 4 32 128 float32"
+    assert tuning.key("backward", (7, 1, 1, 65), torch.float64) == "backward 1 1 128 float64"
+
+
+def test_neighbours_are_one_step_away_and_within_bounds():
+    found = tuning.neighbours(USUAL)
+    assert {**USUAL, "num_warps": 2} in found and {**USUAL, "BLOCK_F": 32} in found
+    for options in found:
+        assert sum(options[k] != USUAL[k] for k in USUAL) == 1
+        assert all(tuning.LEAST[k] <= options[k] <= tuning.MOST[k] for k in USUAL)
+    assert len(found) == 3 + 2 + 1  # blocks and stages only grow from here
+
+
+def test_measurements_come_back(tmp_path):
+    fast = {**USUAL, "num_warps": 2}
+    assert tuning.chosen("forward", (3, 1, 5, 4), torch.float32, CPU) == {}
+    path = tuning.save({KEY: fast}, CPU)
+    assert path == tmp_path / "md_plugin" / "tuning" / "interpreter.json"
+    tuning.save({"backward 1 8 4 float32": USUAL}, CPU)
+    assert tuning.chosen("forward", (3, 1, 5, 4), torch.float32, CPU) == fast
+    assert tuning.chosen("backward", (3, 1, 5, 4), torch.float32, CPU) == USUAL
+    assert tuning.chosen("forward", (3, 1, 5, 5), torch.float32, CPU) == {}
+    assert [p.name for p in path.parent.iterdir()] == ["interpreter.json"]
+    with tuning.trying({"num_warps": 8}):
+        assert tuning.chosen("forward", (3, 1, 5, 4), torch.float32, CPU) == {"num_warps": 8}
+
+
+def test_a_file_appears_whole_or_not_at_all(monkeypatch):
+    path = tuning.save({KEY: USUAL}, CPU)
+    before = path.read_text()
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        tuning.save({KEY: {**USUAL, "num_warps": 8}}, CPU)
+    assert path.read_text() == before
+
+
+def change(name, value):
+    def changed(content):
+        content["identity"][name] = value
+        return content
+
+    return changed
+
+
+FAULTS = {
+    "measured with another gpu": change("gpu", "GT 710"),
+    "measured with another torch": change("torch", "1.0"),
+    "measured with another triton": change("triton", "2.0"),
+    "measured with another kernels": change("kernels", "0000"),
+    "does not say what it holds for": lambda content: {"options": content["options"]},
+    "it has no options": lambda content: {"identity": content["identity"]},
+    "not one number for each": lambda content: content | {"options": {KEY: {"num_warps": 4}}},
+    "num_warps is 3": lambda content: content | {"options": {KEY: {**USUAL, "num_warps": 3}}},
+    "BLOCK_F is 4096": lambda content: content | {"options": {KEY: {**USUAL, "BLOCK_F": 4096}}},
+    "BLOCK_P is '16'": lambda content: content | {"options": {KEY: {**USUAL, "BLOCK_P": "16"}}},
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "Expecting"])
+def test_files_that_are_of_no_use_are_told_once(fault, caplog):
+    path = tuning.save({KEY: USUAL}, CPU)
+    text = path.read_text()
+    path.write_text(json.dumps(FAULTS[fault](json.loads(text))) if fault in FAULTS else text[:50])
+    tuning._measured.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="md_plugin"):
+        for _ in range(3):
+            assert tuning.chosen("forward", (3, 1, 5, 4), torch.float32, CPU) == {}
+    assert len(caplog.records) == 1
+    assert fault in caplog.text and str(path) in caplog.text and "`md-plugin tune`" in caplog.text
+
+
+def test_without_a_gpu_the_command_refuses(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["tune"]) == 2
+    assert "'cuda' was asked for, but torch sees no CUDA device" in capsys.readouterr().err
+    assert main(["tune", "--device", "cpu"]) == 2
+    assert "kernels are tuned on a GPU, not on cpu" in capsys.readouterr().err
+
+
+class FakeClock:
+    """Seconds by the options that are tried: two stages beat one, and few warps beat many."""
+
+    def __call__(self, call):
+        call()
+        options = tuning._trial.get()
+        return options["num_warps"] / options["num_stages"] ** 2
+
+
+@interpreted
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_fastest_that_is_right_wins(order, monkeypatch, capsys):
+    """What does not compile, or is wrong, is named: two stages forward, half the warps backward."""
+    from md_plugin.kernels import triton_fused
+    from md_plugin.model import tuner
+
+    model = make_model(backend="triton", order=order)
+    step, n_comp = FusedHipnn(model, "triton"), (1, 4)[order]
+    TapeRecorder(monkeypatch)
+    forward, backward = triton_fused.forward, triton_fused.backward
+
+    def limited(*args):
+        if (tuning._trial.get() or USUAL)["num_stages"] == 2:
+            raise RuntimeError("out of resource: shared memory\nRequired: 300000")
+        forward(*args)
+
+    def wrong(where, radial, z, ge, found, *rest):
+        backward(where, radial, z, ge, found, *rest)
+        found.forces[1] *= 1 + 1e-6 * ((tuning._trial.get() or USUAL)["num_stages"] == 2)
+
+    monkeypatch.setattr(triton_fused, "forward", limited)
+    monkeypatch.setattr(triton_fused, "backward", wrong)
+    monkeypatch.setattr(tuner, "FusedHipnn", lambda *args: step)
+    monkeypatch.setattr(triton_fused, "tiles", lambda *args: USUAL | {"ALIGN": 1})
+    cli_tune.run_tune([model], CPU, clock=FakeClock(), per_side=2)
+    said = capsys.readouterr().out
+    assert "num_stages 2: RuntimeError: out of resource: shared memory\n" in said
+    assert said.count("discarded for forward") == said.count("discarded for backward") == 2
+    assert "num_stages 2: wrong by " in said and "interpreter.json" in said
+    table = tuning._measured(CPU, os.environ["XDG_CACHE_HOME"])
+    assert len(table) == 4
+    for name, options in table.items():
+        assert name.split()[1:3] == [str(n_comp), "8"] and name.endswith("float64")
+        assert options == {**USUAL, "num_warps": 2}
+    # A later run takes them.
+    env = torch.empty(1, n_comp, 6, 5, dtype=torch.float64)
+    used = triton_fused.options(step.layers[1].sums.radial, env)
+    assert {k: used[k] for k in tuning.NAMES} == table[f"forward {n_comp} 8 8 float64"]
+
+
+@interpreted
+def test_options_reach_the_kernels(monkeypatch):
+    """Other tiles, the same sums, with what is in the cache."""
+    from md_plugin.kernels import triton_fused
+
+    step, (species, place) = network(), inputs(chain(3))
+    where = step.engine.where(step.index[species], place)
+    radial, found = step.layers[0].sums.radial, []
+    seen = spy(monkeypatch, triton_fused.forward_kernel)
+    for options in ({}, {**USUAL, "BLOCK_P": 32, "num_warps": 2}):
+        if options:
+            tuning.save({"forward 1 8 4 float64": options}, CPU)
+        found.append(torch.empty(3, 1, 6, 3, dtype=torch.float64))
+        triton_fused.forward(where, radial, None, found[-1])
+    assert seen[0]["BLOCK_P"] == 16 and (seen[1]["BLOCK_P"], seen[1]["num_warps"]) == (32, 2)
+    assert torch.allclose(found[1], found[0], rtol=1e-13)
+
+
+def spy(monkeypatch, kernel):
+    """Constants of the launches of a kernel from now on."""
+    seen, run = [], type(kernel).__getitem__
+
+    def watched(self, grid):
+        launch = run(self, grid)
+
+        def call(*args, **options):
+            seen.append(options)
+            return launch(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(type(kernel), "__getitem__", watched)
+    return seen
+
+
+def test_what_ships_is_of_these_kernels_and_well_formed():
+    content = json.loads(tuning.SHIPPED.read_text())
+    assert set(content) == {"kernels", "options"}
+    for capability, table in content["options"].items():
+        assert capability in ("sm_80", "sm_90")
+        for name, entries in table.items():
+            kernel, n_comp, n_nu, n_feat, dtype = name.split()
+            shape = (1, int(n_comp), int(n_nu), int(n_feat))
+            assert tuning.key(kernel, shape, getattr(torch, dtype)) == name
+            assert entries and all(tuning._checked(options) for options in entries)
+
+
+def test_tables_of_other_kernels_are_not_used(monkeypatch, tmp_path):
+    entry = {"kernels": tuning.checksum(), "options": {"sm_90": {KEY: [USUAL]}}}
+    file = tmp_path / "tuning.json"
+    monkeypatch.setattr(tuning, "SHIPPED", file)
+    file.write_text(json.dumps(entry))
+    assert tuning.shipped_for("sm_90") == {KEY: [USUAL]} and tuning.shipped_for("sm_70") == {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    gpu = torch.device("cuda:0")
+    assert tuning.chosen("forward", (3, 1, 5, 4), torch.float32, gpu) == USUAL
+    assert tuning.file_of(gpu).name == "nvidia-h100.json"
+    assert tuning.candidates(KEY, {**USUAL, "num_warps": 8}, gpu)[:2] == [
+        {**USUAL, "num_warps": 8},
+        USUAL,
+    ]
+    tuning.shipped_for.cache_clear()
+    file.write_text(json.dumps(entry | {"kernels": "others"}))
+    assert tuning.shipped_for("sm_90") == {}
