@@ -137,6 +137,7 @@ OPTIONAL = ("hippynn", "cupy", "triton", "pyscf", "torch_sim")
 OWN_FILES = ("triton_gpu", "cupy_gpu", "torch_sim_model")  # made of an optional package
 OWN_FILES += ("triton_parts", "triton_radial", "triton_pairs", "triton_layer", "triton_fused")
 OWN_FILES += ("fused_device", "numba_cuda", "model.tuner")
+OWN_FILES += ("triton_products",)
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 300, 50, 6
 

@@ -1,5 +1,6 @@
 """The three sums: op x backend x device x dtype x shape against brute force in float64."""
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import (
@@ -7,6 +8,8 @@ from kernel_cases import (
     CASES,
     DTYPES,
     OPS,
+    SPLIT,
+    absence,
     assert_sum,
     backend_parameters,
     expected,
@@ -16,8 +19,9 @@ from kernel_cases import (
     use_variant,
 )
 
-from md_plugin.kernels import get_backend, reference
+from md_plugin.kernels import BackendError, get_backend, reference
 from md_plugin.kernels.closure import SumKernels
+from md_plugin.kernels.registry import Backend
 from md_plugin.pairs import Pairs
 
 ODD = CASES["unsorted, odd"]
@@ -32,7 +36,8 @@ def backend(request, monkeypatch):
 def test_matrix(op, variant, device, dtype, shape, monkeypatch):
     case = CASES[shape]
     arrays = case.arrays(dtype)
-    want, tolerance = expected(op, case, *(arrays[name] for name in ARGUMENTS[op]))
+    inputs = (arrays[name] for name in ARGUMENTS[op])
+    want, tolerance = expected(op, case, *inputs, more=SPLIT.get(variant, 0))
     with poisoned_memory():
         got = run_sum(op, use_variant(variant, monkeypatch), case, arrays, device)
     assert got.device.type == device
@@ -65,6 +70,87 @@ def test_two_runs_agree_to_the_last_bit(backend):
     for op in OPS:
         first, second = (run_sum(op, backend, ODD, arrays) for _ in range(2))
         assert torch.equal(first, second)
+
+
+interpreted = pytest.mark.skipif(
+    bool(absence("triton", "cpu")), reason=absence("triton", "cpu") or "there"
+)
+
+
+def to_tf32(x):
+    """Rounded to 10 bits, ties away from zero, as the GPU's cvt.rna.tf32.f32."""
+    bits = np.ascontiguousarray(x).view(np.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(np.float32)
+
+
+def as_tensor_cores_do(_builder, a, b, total, precision, _imprecise):
+    """tl.dot of the interpreter, with operands rounded as on the GPU."""
+    a_high, b_high = to_tf32(a.data), to_tf32(b.data)
+    found = total.data + a_high @ b_high
+    if "TF32x3" in str(precision):
+        a_low, b_low = to_tf32(a.data - a_high), to_tf32(b.data - b_high)
+        found = found + (a_high @ b_low + a_low @ b_high)
+    return type(total)(found, total.dtype.scalar)
+
+
+@interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_three_products_of_tf32_are_as_good_as_float32(op, monkeypatch):
+    """And one is not: the tolerance tells them apart."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from md_plugin.kernels import triton_gpu
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", as_tensor_cores_do)
+    backend = use_variant("triton", monkeypatch)
+    arrays = ODD.arrays(torch.float32)
+    inputs = (arrays[name] for name in ARGUMENTS[op])
+    want, tolerance = expected(op, ODD, *inputs, more=SPLIT["triton"])
+    assert_sum(run_sum(op, backend, ODD, arrays), want, tolerance, torch.float32)
+    monkeypatch.setitem(triton_gpu.PRECISION, torch.float32, "tf32")
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_sum(run_sum(op, backend, ODD, arrays), want, tolerance, torch.float32)
+
+
+@interpreted
+def test_featsum_has_a_fixed_order_where_torch_is_asked_for_it(monkeypatch):
+    """At the time of the call; and only then is the list transposed."""
+    from md_plugin.kernels import triton_gpu
+
+    launched = []
+
+    class Noted:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(triton_gpu, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("_featsum", "_featsum_by_sender"):
+        monkeypatch.setattr(triton_gpu, name, Noted(name))
+    pairs, perm = ODD.pairs()
+    arrays = ODD.arrays(torch.float64)
+    found = [triton_gpu.featsum(arrays["env"], arrays["sense"][perm], pairs)]
+    assert launched == ["_featsum"] and "_transpose" not in vars(pairs)
+    with poisoned_memory():  # asks torch for deterministic algorithms
+        found.append(triton_gpu.featsum(arrays["env"], arrays["sense"][perm], pairs))
+    assert launched == ["_featsum", "_featsum_by_sender"]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_a_form_that_only_deterministic_algorithms_take_is_checked_too():
+    def featsum(*args):
+        wrong = torch.are_deterministic_algorithms_enabled()
+        return reference.featsum(*args) * (1 + 1e-4 * wrong)
+
+    sums = {name: getattr(reference, name) for name in OPS} | {"featsum": featsum}
+    backend = Backend("other", ("cpu",), SumKernels(**sums))
+    pairs, perm = ODD.pairs()
+    arrays = ODD.arrays(torch.float32)
+    backend.envsum(arrays["sense"][perm], arrays["features"], pairs)
+    with poisoned_memory(), pytest.raises(BackendError, match="'other' computes a wrong featsum"):
+        backend.envsum(arrays["sense"][perm], arrays["features"], pairs)
 
 
 def test_non_contiguous_inputs(backend):

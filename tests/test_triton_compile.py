@@ -14,24 +14,52 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-COMPILE = """
-import json
+SUMS = """
+import json, torch
 from triton_assembly import assembly, findings
 from md_plugin.kernels import triton_gpu
+from md_plugin.kernels.triton_parts import OPTIONS, PRECISION
 
-for sum_name in ("envsum", "sensesum", "featsum"):
-    kernel = getattr(triton_gpu, "_" + sum_name)
-    for real in ("fp32", "fp64"):
-        for capability in (80, 90):
-            for n_nu, n_feat in ((20, 64), (7, 41), (1, 1)):
-                sizes = {"n_nu": n_nu, "n_feat": n_feat}
-                tiles = triton_gpu.tiles(sum_name, n_nu, n_feat)
-                asm = assembly(kernel, real, capability, tiles, sizes, triton_gpu.OPTIONS)
-                row = {"kernel": f"{sum_name} {real} sm_{capability} {n_nu} x {n_feat}"}
-                row |= findings(asm)
-                row["tf32"] = "tf32" in asm["ptx"]
-                row["atomic"] = ".red." in asm["ptx"] or "atom." in asm["ptx"]
-                print(json.dumps(row))
+def compile(real, capability, n_nu, n_feat):
+    dtype = torch.float32 if real == "fp32" else torch.float64
+    for name in ("envsum", "sensesum", "featsum", "featsum_by_sender"):
+        kernel = getattr(triton_gpu, "_" + name)
+        constants = triton_gpu.tiles(name, n_nu, n_feat, dtype, groups=capability == 90)
+        if "PRECISION" in kernel.arg_names:
+            constants["PRECISION"] = PRECISION[dtype]
+        sizes = {"n_nu": n_nu, "n_feat": n_feat}
+        asm = assembly(kernel, real, capability, constants, sizes, OPTIONS)
+        row = {"kernel": f"{name} {real} sm_{capability} {n_nu} x {n_feat}"}
+        row |= {"name": name, "real": real, "capability": capability, "block": constants}
+        row |= {"n_nu": n_nu, "n_feat": n_feat, "groups": "wgmma" in asm["ptx"]}
+        print(json.dumps(row | findings(asm)))
+
+for shape in ((20, 64), (80, 128), (180, 20), (9, 7), (20, 1), (1, 1)):
+    compile("fp32", 90, *shape)
+for shape in ((20, 64), (80, 128)):
+    compile("fp32", 80, *shape)
+compile("fp64", 80, 80, 128)
+compile("fp64", 90, 20, 64)
+compile("fp64", 90, 9, 7)
+"""
+
+PRODUCTS = """
+import json
+from triton_assembly import assembly, findings
+from md_plugin.kernels import triton_products
+from md_plugin.kernels.triton_parts import OPTIONS
+
+shapes = [("fp32", 80, 4, 20), ("fp32", 90, 9, 20), ("fp32", 90, 4, 7)]
+shapes += [("fp64", 80, 9, 20), ("fp64", 90, 4, 20)]
+for real, capability, n_comp, n_nu in shapes:
+    for name in ("stack", "fold", "stack_along"):
+        kernel = getattr(triton_products, "_" + name)
+        constants = triton_products.tiles(name, n_nu, int(real[2:]) // 8)
+        sizes = {"n_pair": 4801, "n_comp": n_comp, "n_nu": n_nu}
+        asm = assembly(kernel, real, capability, constants, sizes, OPTIONS)
+        row = {"kernel": f"{name} {real} sm_{capability} {n_comp} x {n_nu}", "n_nu": n_nu}
+        row["wide_store"] = asm["ptx"].count("st.global.v4") + asm["ptx"].count("st.global.v2.b64")
+        print(json.dumps(row | findings(asm)))
 """
 
 RADIAL = """
@@ -108,16 +136,42 @@ compiles = pytest.mark.skipif(
 
 
 @compiles
-def test_kernels_compile_for_a100_and_h100(tmp_path):
-    rows = [json.loads(line) for line in run_python(COMPILE, tmp_path).splitlines()]
-    assert len(rows) == 3 * 2 * 2 * 3
+def test_sums_compile_for_a100_and_h100(tmp_path):
+    """Matrix instructions, 16 bytes at once, reductions only where they are meant, no spills."""
+    rows = [json.loads(line) for line in run_python(SUMS, tmp_path).splitlines()]
+    assert len(rows) == 4 * 11
     for row in rows:
-        # 8 bytes: what triton 3.6 leaves in the 1 x 1 form of featsum.
-        assert row["STACK"] <= 8, f"registers spill: {row}"
-        # 65536 registers per multiprocessor: at least three blocks of 128 threads at once.
-        assert row["REG"] <= 168, row
-        assert not row["tf32"], f"float32 sums are rounded to tf32: {row}"
-        assert not row["atomic"], f"the order of additions is not fixed: {row}"
+        single, hopper = row["real"] == "fp32", row["capability"] == 90
+        # 8 bytes: what triton 3.6 leaves in the 1 x 1 form of featsum_by_sender.
+        known = 8 if row["name"] == "featsum_by_sender" else 0
+        assert row["STACK"] <= known and (known or row["spill"] == 0), row
+        # 65536 registers per multiprocessor: three blocks of 128 threads at once, or two where
+        # rows start at odd places and A100 has no warp groups.
+        even = row["n_feat"] % 4 == 0 and row["n_nu"] % 4 == 0
+        assert row["REG"] <= (168 if even and (hopper or not single) else 255), row
+        multiplies = row["name"] != "featsum_by_sender"
+        assert (row["matrix"] > 0) == multiplies, row
+        # tf32 three times, and never where the order of additions is fixed.
+        assert (row["tf32"] > 0) == (single and multiplies), row
+        # 64 rows of a product: features in envsum, pairs in the others.
+        group = single and hopper and multiplies
+        assert row["groups"] == (group and (row["name"] != "envsum" or row["n_feat"] >= 64)), row
+        assert (row["add"] > 0) == (row["name"] == "featsum"), row
+        if row["add"] and single and hopper and even:
+            assert row["wide_add"] == row["add"], row  # four features in one reduction
+        if multiplies and row["n_feat"] >= 20:
+            assert row["wide_load"] > 0, row
+
+
+@compiles
+def test_products_compile_for_a100_and_h100(tmp_path):
+    rows = [json.loads(line) for line in run_python(PRODUCTS, tmp_path).splitlines()]
+    assert len(rows) == 3 * 5
+    for row in rows:
+        assert row["STACK"] == 0 and row["spill"] == 0 and row["REG"] <= 168, row
+        assert row["add"] == 0, f"the order of additions is not fixed: {row}"
+        # 20 sensitivities start at multiples of 16 bytes, 7 do not.
+        assert (row["wide_load"] > 0) == (row["wide_store"] > 0) == (row["n_nu"] == 20), row
 
 
 @compiles

@@ -1,27 +1,46 @@
-"""The three sums on the GPU with Triton: no atomics, so two runs agree to the last bit.
+"""The three sums on the GPU with Triton.
 
-    envsum    one program per receiver, block of nu and block of features: a small matrix product
-              sense^T (nu, pairs) x features (pairs, features), over tiles of the row's pairs
-    sensesum  one program per receiver and block of nu: features (pairs, features) x env^T; the
-              receiver's env tile is read once per tile of pairs, not once per pair
-    featsum   one program per sender and block of features, over the sender's block of the
-              transpose (col_ptr, perm)
+    envsum    one program per receiver, block of features and block of nu: features^T (features,
+              pairs) x sense (pairs, nu), over tiles of the row's pairs
+    sensesum  one program per receiver and block of nu: features (pairs, features) x env^T
+    featsum   one program per receiver and block of features: sense (pairs, nu) x env, which is
+              added to the senders by atomics; its last bits change from run to run
+    featsum   where torch.use_deterministic_algorithms(True): one program per sender and block of
+              features, over the sender's block of the transpose (col_ptr, perm), without atomics
 
-float32 accumulates in float32 (never tf32), float64 in float64. Pair indices and offsets are
-64-bit inside the kernels: n_pair n_nu and n_recv n_nu n_feat may exceed 2^31. Sizes are runtime
-values and only block sizes are compiled in, so a new neighbour list never compiles anything.
+What a receiver has of env is read once per tile of pairs, not once per pair. Float64 is multiplied
+as such. A float32 product is three of tf32, of operands split into a high and a low part:
 
-The sensitivities are in `triton_radial`; where the kernels run, in `triton_parts`.
+    a b ~ a_hi b_hi + a_hi b_lo + a_lo b_hi,    off by 3 2^-22 |a b| at most, 6 roundings of float32
+
+and is added up in float32. Pair indices and offsets are 64-bit inside the kernels: n_pair n_nu and
+n_recv n_nu n_feat may exceed 2^31. Sizes are runtime values and only block sizes are compiled in,
+so a new neighbour list never compiles anything.
+
+The sensitivities are in `triton_radial`, their products with tensor components in
+`triton_products`; where the kernels run, in `triton_parts`. What was counted: docs/gpu_kernels.md.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from md_plugin.kernels.triton_parts import DEVICES, OPTIONS, on_device, power_of_two
+from md_plugin.kernels.triton_parts import (
+    DEVICES,
+    OPTIONS,
+    PRECISION,
+    fixed_order,
+    has_warp_groups,
+    on_device,
+    power_of_two,
+)
+from md_plugin.kernels.triton_products import fold, stack, stack_along
 from md_plugin.kernels.triton_radial import (
     sensitivity,
     sensitivity_curvature,
@@ -33,81 +52,108 @@ __all__ = [
     "DEVICES",
     "envsum",
     "featsum",
+    "fold",
     "sensesum",
     "sensitivity",
     "sensitivity_curvature",
     "sensitivity_slope",
+    "stack",
+    "stack_along",
     "tiles",
 ]
 
 
 @triton.jit
+def _rows(array, row, n_row, column, n_column):
+    """A tile of a matrix, zero where it has no such row or column."""
+    live = (row < n_row)[:, None] & (column < n_column)[None, :]
+    return tl.load(array + row[:, None] * n_column + column[None, :], mask=live, other=0.0)
+
+
+@triton.jit
+def _sent(features, sender, p, end, f, n_feat):
+    """Features of the senders of a tile of pairs, zero beyond the end."""
+    j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
+    live = (p < end)[:, None] & (f < n_feat)[None, :]
+    return tl.load(features + j[:, None] * n_feat + f[None, :], mask=live, other=0.0)
+
+
+@triton.jit
 def _envsum(
     sense, features, row_ptr, sender, env, n_nu, n_feat,
+    PRECISION: tl.constexpr, ALIGN_NU: tl.constexpr, ALIGN_F: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    n_nu, n_feat = n_nu // ALIGN_NU * ALIGN_NU, n_feat // ALIGN_F * ALIGN_F
     i = tl.program_id(0).to(tl.int64)
-    start = tl.load(row_ptr + i).to(tl.int64)
-    end = tl.load(row_ptr + i + 1).to(tl.int64)
+    start, end = tl.load(row_ptr + i).to(tl.int64), tl.load(row_ptr + i + 1).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     nu = tl.program_id(2) * BLOCK_NU + tl.arange(0, BLOCK_NU)
-    acc = tl.zeros((BLOCK_NU, BLOCK_F), dtype=env.dtype.element_ty)
+    total = tl.zeros((BLOCK_F, BLOCK_NU), dtype=env.dtype.element_ty)
     for p0 in range(start, end, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P).to(tl.int64)
-        j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
-        s = tl.load(
-            sense + p[None, :] * n_nu + nu[:, None],
-            mask=(p < end)[None, :] & (nu < n_nu)[:, None],
-            other=0.0,
-        )
-        z = tl.load(
-            features + j[:, None] * n_feat + f[None, :],
-            mask=(p < end)[:, None] & (f < n_feat)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(s, z, acc, input_precision="ieee", out_dtype=acc.dtype)
+        p = p0 + tl.arange(0, BLOCK_P)
+        s = _rows(sense, p, end, nu, n_nu)
+        z = _sent(features, sender, p, end, f, n_feat)
+        total = tl.dot(tl.trans(z), s, total, input_precision=PRECISION, out_dtype=total.dtype)
     tl.store(
-        env + (i * n_nu + nu[:, None]) * n_feat + f[None, :],
-        acc,
-        mask=(nu < n_nu)[:, None] & (f < n_feat)[None, :],
+        env + (i * n_nu + nu[None, :]) * n_feat + f[:, None],
+        total,
+        mask=(nu < n_nu)[None, :] & (f < n_feat)[:, None],
     )
 
 
 @triton.jit
 def _sensesum(
     env, features, row_ptr, sender, sense, n_nu, n_feat,
+    PRECISION: tl.constexpr, ALIGN_NU: tl.constexpr, ALIGN_F: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    n_nu, n_feat = n_nu // ALIGN_NU * ALIGN_NU, n_feat // ALIGN_F * ALIGN_F
     i = tl.program_id(0).to(tl.int64)
-    start = tl.load(row_ptr + i).to(tl.int64)
-    end = tl.load(row_ptr + i + 1).to(tl.int64)
+    start, end = tl.load(row_ptr + i).to(tl.int64), tl.load(row_ptr + i + 1).to(tl.int64)
     nu = tl.program_id(1) * BLOCK_NU + tl.arange(0, BLOCK_NU)
     for p0 in range(start, end, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P).to(tl.int64)
-        j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
-        acc = tl.zeros((BLOCK_P, BLOCK_NU), dtype=sense.dtype.element_ty)
+        p = p0 + tl.arange(0, BLOCK_P)
+        total = tl.zeros((BLOCK_P, BLOCK_NU), dtype=sense.dtype.element_ty)
         for f0 in range(0, n_feat, BLOCK_F):
             f = f0 + tl.arange(0, BLOCK_F)
-            z = tl.load(
-                features + j[:, None] * n_feat + f[None, :],
-                mask=(p < end)[:, None] & (f < n_feat)[None, :],
-                other=0.0,
-            )
-            e = tl.load(
-                env + (i * n_nu + nu[None, :]) * n_feat + f[:, None],
-                mask=(nu < n_nu)[None, :] & (f < n_feat)[:, None],
-                other=0.0,
-            )
-            acc = tl.dot(z, e, acc, input_precision="ieee", out_dtype=acc.dtype)
+            z = _sent(features, sender, p, end, f, n_feat)
+            e = _rows(env + i * n_nu * n_feat, nu, n_nu, f, n_feat)
+            total = tl.dot(z, tl.trans(e), total, input_precision=PRECISION, out_dtype=total.dtype)
         tl.store(
             sense + p[:, None] * n_nu + nu[None, :],
-            acc,
+            total,
             mask=(p < end)[:, None] & (nu < n_nu)[None, :],
         )
 
 
 @triton.jit
 def _featsum(
+    env, sense, row_ptr, sender, features, n_nu, n_feat,
+    PRECISION: tl.constexpr, ALIGN_NU: tl.constexpr, ALIGN_F: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Adds to features."""
+    n_nu, n_feat = n_nu // ALIGN_NU * ALIGN_NU, n_feat // ALIGN_F * ALIGN_F
+    i = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(row_ptr + i).to(tl.int64), tl.load(row_ptr + i + 1).to(tl.int64)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    for p0 in range(start, end, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        total = tl.zeros((BLOCK_P, BLOCK_F), dtype=features.dtype.element_ty)
+        for nu0 in range(0, n_nu, BLOCK_NU):
+            nu = nu0 + tl.arange(0, BLOCK_NU)
+            s = _rows(sense, p, end, nu, n_nu)
+            e = _rows(env + i * n_nu * n_feat, nu, n_nu, f, n_feat)
+            total = tl.dot(s, e, total, input_precision=PRECISION, out_dtype=total.dtype)
+        j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
+        live = (p < end)[:, None] & (f < n_feat)[None, :]
+        place = features + j[:, None] * n_feat + f[None, :]
+        tl.atomic_add(place, total, mask=live, sem="relaxed")
+
+
+@triton.jit
+def _featsum_by_sender(
     env, sense, col_ptr, perm, receiver, features, n_nu, n_feat,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -135,17 +181,40 @@ def _featsum(
     tl.store(features + j * n_feat + f, tl.sum(acc, axis=0), mask=f < n_feat)
 
 
-def tiles(name: str, n_nu: int, n_feat: int) -> dict[str, int]:
-    """Block sizes of the kernel of one sum.
+def tiles(
+    name: str, n_nu: int, n_feat: int, dtype: torch.dtype, groups: bool = True
+) -> dict[str, int]:
+    """Block sizes of the kernel of one sum, and powers of two that divide n_nu and n_feat.
 
-    tl.dot takes no side below 16, and unrolls the summed one in registers (pairs in envsum,
-    features in sensesum): 16 terms at a time stay under 150 registers per thread in both dtypes.
+    tl.dot takes no side below 16, and a group of four warps multiplies 64 rows at once: features in
+    envsum, pairs in the others. Chosen by counting instructions per pair in what compiles without
+    spilling. Knowing that rows start at multiples of 16 bytes, a thread moves 16 bytes at a time.
+
+    Args:
+        name: "envsum", "sensesum", "featsum" or "featsum_by_sender".
+        n_nu: sensitivities, times tensor components.
+        n_feat: features.
+        dtype: float32 or float64.
+        groups: whether the device has instructions of warp groups (sm_90).
     """
-    block_nu, block_f = power_of_two(n_nu, 16, 32), power_of_two(n_feat, 16, 64)
-    block_p = {"envsum": 16, "sensesum": 32, "featsum": 32 // block_nu}[name]
-    if name == "sensesum":
-        block_f = 16
-    return {"BLOCK_P": block_p, "BLOCK_NU": block_nu, "BLOCK_F": block_f}
+    if name == "featsum_by_sender":
+        block_nu = power_of_two(n_nu, 16, 32)
+        blocks = (32 // block_nu, block_nu, power_of_two(n_feat, 16, 64))
+        return dict(zip(("BLOCK_P", "BLOCK_NU", "BLOCK_F"), blocks, strict=True))
+    single = dtype == torch.float32
+    wide = 64 if groups and single else 32
+    block_p, most_nu, most_f = {
+        "envsum": (32 if single else 16, wide, 64),
+        "sensesum": (64 if single else 32, wide, 32),
+        "featsum": (wide, 32, 64 if single else 32),
+    }[name]
+    return {
+        "ALIGN_NU": math.gcd(n_nu, 16),
+        "ALIGN_F": math.gcd(n_feat, 16),
+        "BLOCK_P": block_p,
+        "BLOCK_NU": power_of_two(n_nu, 16, most_nu),
+        "BLOCK_F": power_of_two(n_feat, 16, most_f),
+    }
 
 
 def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
@@ -155,15 +224,16 @@ def envsum(sense: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
         if pairs.n_pair * n_nu * n_feat == 0:
             return sense.new_zeros(pairs.n_recv, n_nu, n_feat)
         env = sense.new_empty(pairs.n_recv, n_nu, n_feat)
-        tile = tiles("envsum", n_nu, n_feat)
+        tile = _tiles("envsum", env, n_nu, n_feat)
         grid = (
             pairs.n_recv,
             triton.cdiv(n_feat, tile["BLOCK_F"]),
             triton.cdiv(n_nu, tile["BLOCK_NU"]),
         )
         _envsum[grid](
-            sense, features, pairs.row_ptr, pairs.sender, env, n_nu, n_feat, **tile, **OPTIONS
-        )
+            sense, features, pairs.row_ptr, pairs.sender, env, n_nu, n_feat,
+            PRECISION=PRECISION[env.dtype], **tile, **OPTIONS,
+        )  # fmt: skip
     return env
 
 
@@ -174,23 +244,38 @@ def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
         if pairs.n_pair * n_nu * n_feat == 0:
             return env.new_zeros(pairs.n_pair, n_nu)
         sense = env.new_empty(pairs.n_pair, n_nu)
-        tile = tiles("sensesum", n_nu, n_feat)
+        tile = _tiles("sensesum", env, n_nu, n_feat)
         _sensesum[(pairs.n_recv, triton.cdiv(n_nu, tile["BLOCK_NU"]))](
-            env, features, pairs.row_ptr, pairs.sender, sense, n_nu, n_feat, **tile, **OPTIONS
-        )
+            env, features, pairs.row_ptr, pairs.sender, sense, n_nu, n_feat,
+            PRECISION=PRECISION[env.dtype], **tile, **OPTIONS,
+        )  # fmt: skip
     return sense
 
 
 def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
-    """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat)."""
+    """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat).
+
+    By atomics, unless torch is asked for deterministic algorithms at the time of the call.
+    """
     n_nu, n_feat = env.shape[1:]
     with on_device(env):
+        features = env.new_zeros(pairs.n_send, n_feat)
         if pairs.n_pair * n_nu * n_feat == 0:
-            return env.new_zeros(pairs.n_send, n_feat)
-        features = env.new_empty(pairs.n_send, n_feat)
-        tile = tiles("featsum", n_nu, n_feat)
-        index = (pairs.col_ptr, pairs.perm, pairs.receiver)
-        _featsum[(pairs.n_send, triton.cdiv(n_feat, tile["BLOCK_F"]))](
-            env, sense, *index, features, n_nu, n_feat, **tile, **OPTIONS
-        )
+            return features
+        if fixed_order():
+            tile = _tiles("featsum_by_sender", env, n_nu, n_feat)
+            _featsum_by_sender[(pairs.n_send, triton.cdiv(n_feat, tile["BLOCK_F"]))](
+                env, sense, pairs.col_ptr, pairs.perm, pairs.receiver, features, n_nu, n_feat,
+                **tile, **OPTIONS,
+            )  # fmt: skip
+        else:
+            tile = _tiles("featsum", env, n_nu, n_feat)
+            _featsum[(pairs.n_recv, triton.cdiv(n_feat, tile["BLOCK_F"]))](
+                env, sense, pairs.row_ptr, pairs.sender, features, n_nu, n_feat,
+                PRECISION=PRECISION[env.dtype], **tile, **OPTIONS,
+            )  # fmt: skip
     return features
+
+
+def _tiles(name: str, env: Tensor, n_nu: int, n_feat: int) -> dict[str, int]:
+    return tiles(name, n_nu, n_feat, env.dtype, has_warp_groups(env.device))

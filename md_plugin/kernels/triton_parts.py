@@ -21,8 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 # Of launches; set, not left to Triton: versions differ in the default, and with it in speed and
-# last bits.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# last bits. One stage: a row has two to four tiles of pairs, too few to fetch ahead, which costs
+# half as many instructions again; other programs compute while one waits.
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+# Of tl.dot: products of float32 as three of tf32, which is as good; "ieee" would leave them to
+# the vector units.
+PRECISION = {torch.float32: "tf32x3", torch.float64: "ieee"}
 # Terms of the Taylor series of sin on [0, pi / 2]: the next one is below 7e-10, or 6e-21.
 SIN_TERMS = {torch.float32: 7, torch.float64: 12}
 
@@ -76,6 +80,16 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def fixed_order() -> bool:
+    """Whether torch is asked for results that do not change from run to run."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def has_warp_groups(device: torch.device) -> bool:
+    """Whether four warps together multiply 64 rows (wgmma), as on H100 and H200 only."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
