@@ -36,7 +36,7 @@ from model_helpers import STRUCTURES, make_potential
 from physics_suite import close
 from test_fusion import geometry
 
-from md_plugin.kernels import cuda_launch, get_backend
+from md_plugin.kernels import cuda_launch, get_backend, list_backends, registry
 from md_plugin.kernels.radial_reference import Cutoff
 from md_plugin.kernels.registry import self_check
 from md_plugin.pairs import Pairs
@@ -46,6 +46,8 @@ SOURCE = "\n".join(
     Path(cuda_launch.__file__).with_name(name).read_text()
     for name in ("cuda_sums.cu", "cuda_radial.cu")
 )
+IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
 emulation = pytest.mark.skipif(bool(absence(EMULATED)), reason=absence(EMULATED) or "there")
 
 
@@ -202,6 +204,55 @@ def test_cupy_refuses_tensors_that_are_not_on_a_gpu(monkeypatch):
         module.envsum(torch.ones(1, 2), torch.ones(1, 3), pairs)
 
 
+def numba_cuda(monkeypatch):
+    """The module itself, told that there is CUDA."""
+    monkeypatch.setattr("numba.cuda.is_available", lambda: True)
+    path = Path(cuda_launch.__file__).with_name("numba_cuda.py")
+    spec = spec_from_file_location("numba_cuda_of_a_test", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_numba
+def test_numba_launches_on_the_stream_of_torch(monkeypatch):
+    module, launched = numba_cuda(monkeypatch), []
+
+    class Kernel:
+        def __getitem__(self, configuration):
+            return lambda *arguments: launched.append((*configuration, arguments))
+
+    device, stream = torch.device("cuda:1"), SimpleNamespace(cuda_stream=1234)
+    like = SimpleNamespace(device=device, element_size=lambda: 8)
+    fake = SimpleNamespace(gpus={1: Entered(1)}, external_stream=lambda address: [address])
+    monkeypatch.setattr(module, "cuda", fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", {device: stream}.__getitem__)
+    for kernels, name in ((module.numba_cuda_sums, "fold"), (module.numba_cuda_radial, "slope")):
+        monkeypatch.setattr(kernels, name, Kernel())
+        module._launch(name, (5, 1, 1), (32, 8), 3, (like, 7, 2.5))
+    assert launched == 2 * [((5, 1, 1), (32, 8), [1234], 24, (like, 7, 2.5))]
+
+
+@needs_numba
+def test_numba_refuses_tensors_that_are_not_on_a_gpu(monkeypatch):
+    module = numba_cuda(monkeypatch)
+    monkeypatch.setattr(module, "DEVICES", ("cuda",))  # also in the simulator
+    with pytest.raises(ValueError, match="'numba_cuda' computes on CUDA devices, but the tensors"):
+        module.stack(torch.ones(1, 2), torch.ones(1, 3))
+
+
+@needs_numba
+@pytest.mark.skipif(IS_SIMULATED or torch.cuda.is_available(), reason="numba finds CUDA")
+def test_numba_without_cuda_says_what_to_install(monkeypatch):
+    """Torch has a driver's CUDA, numba lacks its own parts."""
+    registry._absence.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = list_backends()["numba_cuda"]
+    registry._absence.cache_clear()
+    assert "importing it failed: RuntimeError: numba finds no CUDA" in reason
+    assert "pip install 'numba-cuda[cu12]' or 'numba-cuda[cu13]'" in reason
+
+
 @emulation
 def test_networks_take_the_closed_sums(monkeypatch):
     """There are no fused layers for cupy: energies, forces and virial come all the same."""
@@ -274,10 +325,9 @@ SIMULATED = (
     "tests/test_cuda_kernels.py",
 )
 CHOSEN = "numba_cuda and cpu and not large and not beyond or test_simulated"
-IS_SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
-@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+@needs_numba
 @pytest.mark.skipif(IS_SIMULATED, reason="this is the simulation")
 def test_numba_kernels_in_the_simulator():
     """The matrix, but for its largest shapes: to simulate a thread takes 0.1 ms."""

@@ -109,7 +109,8 @@ class CudaKernels:
 
     def fold(self, stacked: Tensor, components: Tensor, sense: Tensor) -> tuple[Tensor, Tensor]:
         """(n_pair, n_comp n_nu), (n_pair, n_comp), (n_pair, n_nu) -> shapes of the last two."""
-        found = torch.zeros_like(components), torch.zeros_like(sense)
+        like = torch.empty_like if stacked.numel() else torch.zeros_like  # sums of nothing
+        found = like(components), like(sense)
         self._product("fold", (stacked, components, sense), components, sense, found)
         return found
 

@@ -11,11 +11,13 @@ kernels in Python, on CPU tensors too: very slowly, for tests.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numba
 import torch
 from numba import cuda
+from numba.core.errors import NumbaPerformanceWarning
 from torch import Tensor
 
 from md_plugin.kernels import numba_cuda_radial, numba_cuda_sums
@@ -53,7 +55,10 @@ def _launch(name: str, grid: Sizes, block: Sizes, shared: int, arguments: tuple[
         return
     with cuda.gpus[like.device.index]:
         stream = cuda.external_stream(torch.cuda.current_stream(like.device).cuda_stream)
-        kernel[grid, block, stream, n_byte](*map(_array, arguments))
+        with warnings.catch_warnings():  # a small system does not fill a GPU, and may say so
+            warnings.simplefilter("ignore", NumbaPerformanceWarning)
+            configured = kernel[grid, block, stream, n_byte]
+        configured(*map(_array, arguments))
 
 
 _kernels = CudaKernels(_launch)
