@@ -81,7 +81,7 @@ ROOMS = {
         "md_plugin.data",
         "md_plugin.bench*",
         "md_plugin.demo*",
-        "md_plugin.nanodft.energy",
+        "md_plugin.nanodft.molecule",
         "md_plugin.nanodft.calculator",
         "md_plugin.nanodft.label",
         "lammps_interface.doctor_child",
@@ -109,7 +109,7 @@ ROOMS = {
         "md_plugin.kernels.fused_*",
         "md_plugin.kernels.radial_ir",
     ),
-    "triton": ("md_plugin.kernels.triton_*", "md_plugin.nanodft.triton_gpu"),
+    "triton": ("md_plugin.kernels.triton_*", "md_plugin.nanodft.triton_*"),
     "cupy": ("md_plugin.kernels.cupy_gpu",),
     "safetensors": ("md_plugin.checkpoint",),
     "hippynn": ("md_plugin.hippynn_io*", "md_plugin.bench*"),
@@ -137,7 +137,7 @@ OPTIONAL = ("hippynn", "cupy", "triton", "pyscf", "torch_sim")
 OWN_FILES = ("triton_gpu", "cupy_gpu", "torch_sim_model")  # made of an optional package
 OWN_FILES += ("triton_parts", "triton_radial", "triton_pairs", "triton_layer", "triton_fused")
 OWN_FILES += ("fused_device", "numba_cuda", "model.tuner")
-OWN_FILES += ("triton_products",)
+OWN_FILES += ("triton_products", "triton_eri", "triton_gradient")
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 300, 50, 6
 

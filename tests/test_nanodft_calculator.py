@@ -13,7 +13,7 @@ from ase.io import read, write
 from ase.optimize import BFGS
 
 from md_plugin.nanodft import NanoDFTCalculator, Settings, UnsupportedSystem, energy_forces
-from md_plugin.nanodft.energy import Molecule
+from md_plugin.nanodft.molecule import Molecule
 
 QUICK = {"xc": "hf", "basis": "sto-3g"}
 

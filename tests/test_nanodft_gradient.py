@@ -42,7 +42,7 @@ def gradient(basis, x, dm, hyb, backend, **options):
 
 
 def energy(basis, x, dm, hyb, backend):
-    values = integrals.eri(basis, x, backend=backend)
+    values = integrals.eri(basis.numbers, x, basis, backend)
     coulomb = torch.einsum("ijkl,ij,kl", values, dm, dm)
     return coulomb / 2 - hyb / 4 * torch.einsum("ijkl,ik,jl", values, dm, dm)
 
@@ -85,13 +85,14 @@ def test_benzene_against_pyscf_and_faster(basis_name):
 def test_finite_differences_of_the_own_energy(backend):
     basis, x = system("LiH", "sto-3g")
     dm, step = random_density(basis), 1e-3
+    of_energy = "torch" if backend == "triton" else backend  # interpreted integrals take seconds
     got = gradient(basis, x, dm, 0.2, backend)
     for atom, axis in ((0, 0), (1, 2)):
         slope = 0.0
         for factor, shift in ((8, 1), (-8, -1), (-1, 2), (1, -2)):  # over 12 h, error h^4
             moved = x.clone()
             moved[atom, axis] += shift * step
-            slope += factor * float(energy(basis, moved, dm, 0.2, backend)) / (12 * step)
+            slope += factor * float(energy(basis, moved, dm, 0.2, of_energy)) / (12 * step)
         assert abs(float(got[atom, axis]) - slope) < 1e-8
 
 
@@ -139,7 +140,7 @@ def test_no_integral_of_libcint_is_called(backend, monkeypatch):
     for function in (integrals.overlap, integrals.kinetic, integrals.dipole):
         function(basis, x)
     integrals.nuclear(basis, x, torch.tensor(basis.numbers))
-    integrals.eri(basis, x, backend=backend)
+    integrals.eri(basis.numbers, x, basis, backend)
     gradient(basis, x, dm, 0.2, backend)
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "ConvergenceError": "md_plugin.nanodft.scf",
-    "Molecule": "md_plugin.nanodft.energy",
+    "Molecule": "md_plugin.nanodft.molecule",
     "NanoDFTCalculator": "md_plugin.nanodft.calculator",
-    "Result": "md_plugin.nanodft.energy",
+    "Result": "md_plugin.nanodft.molecule",
     "Settings": "md_plugin.nanodft.checks",
     "UnsupportedSystem": "md_plugin.nanodft.errors",
     "eri": "md_plugin.nanodft.integrals",
@@ -39,9 +39,10 @@ __all__ = [
 if TYPE_CHECKING:
     from md_plugin.nanodft.calculator import NanoDFTCalculator
     from md_plugin.nanodft.checks import Settings
-    from md_plugin.nanodft.energy import Molecule, Result, energy_forces, energy_forces_batch
+    from md_plugin.nanodft.energy import energy_forces, energy_forces_batch
     from md_plugin.nanodft.errors import UnsupportedSystem
     from md_plugin.nanodft.integrals import eri, two_electron_gradient
+    from md_plugin.nanodft.molecule import Molecule, Result
     from md_plugin.nanodft.scf import ConvergenceError
 
 

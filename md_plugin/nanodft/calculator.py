@@ -17,7 +17,7 @@ from ase.calculators.calculator import Calculator, InputError, SCFError, all_cha
 from numpy.typing import NDArray
 
 from md_plugin.nanodft.checks import Settings, check_numbers
-from md_plugin.nanodft.energy import Molecule
+from md_plugin.nanodft.molecule import Molecule
 from md_plugin.nanodft.scf import ConvergenceError
 
 

@@ -9,12 +9,13 @@ The gradient holds D and moves functions, points and weights (Johnson, Gill, Pop
 that moves with its atom sees all functions move the other way; the last part is that of the
 weights, e_g dw_g/dR. Without it (and the points) the force is not the derivative of the energy.
 
-Work goes by chunks of points. Weights are kept between calls, values of the functions as far as
-memory allows; those of the other chunks are computed again.
+Geometries (...) go through together, by chunks of points. Weights are kept between calls, values of
+the functions as far as memory allows; those of the other chunks are computed again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -30,13 +31,13 @@ CHUNK_BYTES = {"cpu": 32_000_000, "cuda": 2_000_000_000}
 
 
 class GridIntegrals:
-    """E_xc of one geometry as a function of the density matrix.
+    """E_xc of one geometry, or of many, as a function of the density matrix.
 
     Args:
         functional: one with an energy density.
         orbitals: functions of the basis set.
         grid: grid of the same composition.
-        x: (n_atom, 3) positions, bohr, without a graph.
+        x: (..., n_atom, 3) positions, bohr, without a graph.
         max_bytes: bound of all memory that is taken here.
     """
 
@@ -46,31 +47,32 @@ class GridIntegrals:
         self.functional, self.orbitals, self.x = functional, orbitals, x
         n_ao, n_prim = orbitals.contraction.shape[1], len(orbitals.exponents)
         temporaries = 8 * (28 * n_ao + 3 * n_prim) + grid.bytes_per_point()
+        temporaries *= math.prod(x.shape[:-2])
         size = max(1, min(CHUNK_BYTES[x.device.type], max_bytes // 2) // temporaries)
         self._parts = list(grid.chunks(size))
         self._weights = [part.weights(x) for part in self._parts]
         self._kept: list[Tensor] = []
         self._room = max_bytes - size * temporaries
 
-    def potential(self, dm: Tensor) -> tuple[float, Tensor]:
-        """Energy in Ha and V (n_ao, n_ao) in Ha of a symmetric density matrix."""
-        energy, half = dm.new_zeros(()), torch.zeros_like(dm)
+    def potential(self, dm: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies (...) and V (..., n_ao, n_ao) of symmetric density matrices, in Ha."""
+        energy, half = dm.new_zeros(dm.shape[:-2]), torch.zeros_like(dm)
         for weights, tables in self._tables():
             chi = tables[0]
             rho, gradient = _density(chi @ dm, tables)
             e, vrho, vsigma = self.functional.evaluate(rho, gradient.square().sum(0))
-            energy += weights @ e
-            z = (0.5 * weights * vrho)[:, None] * chi
+            energy += (weights * e).sum(-1)
+            z = (0.5 * weights * vrho)[..., None] * chi
             for slope, chi_k in zip(2 * weights * vsigma * gradient, tables[1:], strict=False):
-                z.addcmul_(slope[:, None], chi_k)
-            half.addmm_(chi.T, z)
-        return float(energy), half + half.T
+                z.addcmul_(slope[..., None], chi_k)
+            half += chi.mT @ z
+        return energy, half + half.mT
 
     def gradient(self, dm: Tensor, grid_response: bool = True) -> Tensor:
-        """(n_atom, 3) dE_xc/dR at constant dm, Ha/bohr.
+        """(..., n_atom, 3) dE_xc/dR at constant dm, Ha/bohr.
 
         Args:
-            dm: (n_ao, n_ao) symmetric.
+            dm: (..., n_ao, n_ao) symmetric.
             grid_response: points and weights follow the atoms, as they do in the energy.
         """
         total = torch.zeros_like(self.x)
@@ -88,21 +90,22 @@ class GridIntegrals:
         x = self.x.clone().requires_grad_(grid_response)
         with torch.set_grad_enabled(grid_response):
             weights = part.weights(x)
-            energy = weights @ e
+            energy = (weights * e).sum()
         total = torch.zeros_like(self.x)
         if grid_response:
             (total,) = torch.autograd.grad(energy, x)
         weights = weights.detach()
-        of_chi = (2 * weights * vrho)[:, None] * half_density
+        of_chi = (2 * weights * vrho)[..., None] * half_density
         of_gradient = None
         if functional.gradient:
             slopes = 4 * weights * vsigma * gradient
-            of_gradient = slopes[:, :, None] * half_density
-            of_chi += torch.einsum("kg,kga->ga", slopes, tables[1:] @ dm)
+            of_gradient = slopes[..., None] * half_density
+            of_chi += torch.einsum("k...g,k...ga->...ga", slopes, tables[1:] @ dm)
         pull = values.pull(of_chi, of_gradient)
-        total = total.index_add(0, self.orbitals.atom, pull.sum(1).T, alpha=-1)
+        of_functions = pull.sum(-2).movedim(0, -1)
+        total = total.index_add(-2, self.orbitals.atom, of_functions, alpha=-1)
         if grid_response:
-            total = total.index_add(0, part.owner, pull.sum(2).T)
+            total = total.index_add(-2, part.owner, pull.sum(-1).movedim(0, -1))
         return total
 
     def _tables(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -121,10 +124,10 @@ class GridIntegrals:
 
 
 def _density(half_density: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-    """rho (n,) and its gradient (3, n), or (0, n) where the tables have no derivatives.
+    """rho (..., n) and its gradient (3, ..., n), or (0, ..., n) where tables have no derivatives.
 
-    half_density is chi D, (n, n_ao).
+    half_density is chi D, (..., n, n_ao).
     """
-    rho = (tables[0] * half_density).sum(1)
-    gradient = [2 * (chi_k * half_density).sum(1) for chi_k in tables[1:]]
-    return rho, torch.stack(gradient) if gradient else rho.new_zeros(0, len(rho))
+    rho = (tables[0] * half_density).sum(-1)
+    gradient = [2 * (chi_k * half_density).sum(-1) for chi_k in tables[1:]]
+    return rho, torch.stack(gradient) if gradient else rho.new_zeros(0, *rho.shape)

@@ -21,18 +21,19 @@ from md_plugin.nanodft.scf import State
 
 
 def nuclear_repulsion(charges: Tensor, x: Tensor) -> Tensor:
-    """sum_{i<j} Z_i Z_j / |R_i - R_j|, Ha, for positions x (n_atom, 3) in bohr; differentiable."""
+    """(...) sum_{i<j} Z_i Z_j / |R_i - R_j|, Ha; differentiable in x (..., n_atom, 3), bohr."""
     i, j = torch.triu_indices(len(charges), len(charges), 1, device=x.device)
-    energy: Tensor = (charges[i] * charges[j] / (x[i] - x[j]).norm(dim=-1)).sum()
+    apart = (x[..., i, :] - x[..., j, :]).norm(dim=-1)
+    energy: Tensor = (charges[i] * charges[j] / apart).sum(-1)
     return energy
 
 
 def one_electron_gradient(basis: Basis, charges: Tensor, x: Tensor, state: State) -> Tensor:
-    """(n_atom, 3) gradient of Tr D h + E_nn - Tr W S at constant D and W, Ha/bohr."""
+    """(..., n_atom, 3) gradient of Tr D h + E_nn - Tr W S at constant D and W, Ha/bohr."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         core = integrals.kinetic(basis, x) + integrals.nuclear(basis, x, charges)
-        lagrangian = (state.dm * core).sum() + nuclear_repulsion(charges, x)
+        lagrangian = (state.dm * core).sum() + nuclear_repulsion(charges, x).sum()
         lagrangian = lagrangian - (state.energy_weighted_dm * integrals.overlap(basis, x)).sum()
         (gradient,) = torch.autograd.grad(lagrangian, x)
     return gradient

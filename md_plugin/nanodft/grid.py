@@ -83,21 +83,21 @@ class Grid:
             )
 
     def points(self, x: Tensor) -> Tensor:
-        """(n_grid, 3) bohr, for positions x (n_atom, 3) in bohr."""
-        return x[self.owner] + self.offset
+        """(..., n_grid, 3) bohr, for positions x (..., n_atom, 3) in bohr."""
+        return x[..., self.owner, :] + self.offset
 
     def weights(self, x: Tensor) -> Tensor:
-        """(n_grid,) weights w_g in bohr^3, differentiable in the positions x (n_atom, 3), bohr."""
+        """(..., n_grid) weights w_g in bohr^3, differentiable in x (..., n_atom, 3), bohr."""
         i, j = self.pairs
         # By matrix products, cdist's other way, distances would lose half of their digits.
         distance = torch.cdist(x, self.points(x), compute_mode="donot_use_mm_for_euclid_dist")
-        apart = (x[i] - x[j]).norm(dim=-1)
-        mu = (distance[i] - distance[j]) / apart[:, None]
+        apart = (x[..., i, :] - x[..., j, :]).norm(dim=-1)
+        mu = (distance[..., i, :] - distance[..., j, :]) / apart[..., None]
         nu = mu + self.shift[:, None] * (1 - mu * mu)
         log_i, log_j = _LogShares.apply(nu)  # type: ignore[no-untyped-call]
-        log_p = torch.zeros_like(distance).index_add(0, i, log_i).index_add(0, j, log_j)
-        share = log_p.softmax(dim=0).gather(0, self.owner[None])[0]
-        return self.volume * share
+        log_p = torch.zeros_like(distance).index_add(-2, i, log_i).index_add(-2, j, log_j)
+        owner = self.owner.expand(*x.shape[:-2], 1, len(self))
+        return self.volume * log_p.softmax(dim=-2).gather(-2, owner).squeeze(-2)
 
     def bytes_per_point(self) -> int:
         """Memory that `weights` and its derivative need for each point."""

@@ -47,9 +47,9 @@ def _atomic_density(number: int, name: str) -> Tensor:
         root=inverse_root(overlap),
         kinetic=integrals.kinetic(basis, x),
         nuclear=integrals.nuclear(basis, x, torch.tensor([float(number)], dtype=torch.float64)),
-        eri=integrals.eri(basis, x, backend="torch", max_memory_mb=64),
+        eri=integrals.eri([number], x, basis, "torch", max_memory_mb=64),
         hyb=1.0,
-        repulsion=0.0,
+        repulsion=x.new_zeros(()),
         xc=None,
     )
     blocks = _blocks(basis)

@@ -98,7 +98,7 @@ def coulomb(order: int, alpha: Tensor, distance: Tensor) -> Tensor:
 
     Args:
         order: highest t + u + v.
-        alpha: (...) reduced exponent, 1/bohr^2.
+        alpha: reduced exponent, of a shape that broadcasts, 1/bohr^2.
         distance: (..., 3) R, bohr.
 
     Returns:

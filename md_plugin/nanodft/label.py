@@ -28,8 +28,8 @@ from md_plugin import __version__
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.calculator import check_isolated
 from md_plugin.nanodft.checks import Settings
-from md_plugin.nanodft.energy import Molecule, Result
 from md_plugin.nanodft.errors import UnsupportedSystem
+from md_plugin.nanodft.molecule import Molecule, Result
 from md_plugin.nanodft.scf import ConvergenceError
 
 # What is wrong with one frame says nothing about the next.

@@ -8,8 +8,9 @@ With the Hermite expansion E of a product of functions (`shell_pairs`), per pair
     <m|T|n>   = 1/2 sum_d <d_d m|d_d n>
     d_x x^i exp(-a x^2) = (i x^{i-1} - 2 a x^{i+1}) exp(-a x^2)
 
-Positions are float64, in bohr, on any device; all integrals are differentiable in them, and come in
-PySCF's spherical order and normalisation. Helgaker, Jørgensen and Olsen (2000), chapter 9.
+Positions are float64, in bohr, on any device, of one geometry or of many, whose axes (...) come
+first in the result; all integrals are differentiable in them, and come in PySCF's spherical order
+and normalisation. Helgaker, Jørgensen and Olsen (2000), chapter 9.
 """
 
 from __future__ import annotations
@@ -32,51 +33,51 @@ from md_plugin.nanodft.shell_pairs import (
 
 
 def overlap(basis: Basis, positions: Tensor) -> Tensor:
-    """<m|n>, (n_ao, n_ao), of positions (n_atom, 3) in bohr."""
+    """<m|n>, (..., n_ao, n_ao), of positions (..., n_atom, 3) in bohr."""
     tables = _tables(basis, positions)
-    return _matrix(basis, tables, [_norm(t)[:, None] * t.expansion[:, 0] for t in tables])
+    return _matrix(basis, tables, [_norm(t)[:, None] * t.expansion[..., 0, :] for t in tables])
 
 
 def dipole(basis: Basis, positions: Tensor) -> Tensor:
-    """<m|r|n>, (3, n_ao, n_ao) in bohr, of positions (n_atom, 3) in bohr."""
+    """<m|r|n>, (..., 3, n_ao, n_ao) in bohr, of positions (..., n_atom, 3) in bohr."""
     tables = _tables(basis, positions)
     matrices = []
     for axis in range(3):
         values = []
         for t in tables:
-            moment = t.centre[:, axis, None] * t.expansion[:, 0]
+            moment = t.centre[..., axis, None] * t.expansion[..., 0, :]
             if t.kind.order:
-                moment = moment + t.expansion[:, 1 + axis]
+                moment = moment + t.expansion[..., 1 + axis, :]
             values.append(_norm(t)[:, None] * moment)
         matrices.append(_matrix(basis, tables, values))
-    return torch.stack(matrices)
+    return torch.stack(matrices, dim=-3)
 
 
 def nuclear(basis: Basis, positions: Tensor, charges: Tensor) -> Tensor:
-    """<m|-sum_C Z_C / |r - C||n>, (n_ao, n_ao) in Hartree.
+    """<m|-sum_C Z_C / |r - C||n>, (..., n_ao, n_ao) in Hartree.
 
     Args:
         basis: the functions.
-        positions: (n_atom, 3) centres of the functions and of the charges, bohr.
+        positions: (..., n_atom, 3) centres of the functions and of the charges, bohr.
         charges: (n_atom,) Z_C.
     """
     tables = _tables(basis, positions)
     charges = charges.to(positions)
     values = []
     for t in tables:
-        distance = t.centre[:, None] - positions
-        integrals = coulomb(t.kind.order, t.exponent[:, None].expand(distance.shape[:2]), distance)
-        potential = -2 * math.pi / t.exponent[:, None] * (integrals @ charges).T
-        values.append(torch.einsum("kh,khm->km", potential, t.expansion))
+        distance = t.centre[..., None, :] - positions[..., None, :, :]
+        integrals = coulomb(t.kind.order, t.exponent[:, None], distance)
+        potential = -2 * math.pi / t.exponent * (integrals @ charges)
+        values.append(torch.einsum("h...k,...khm->...km", potential, t.expansion))
     return _matrix(basis, tables, values)
 
 
 def kinetic(basis: Basis, positions: Tensor) -> Tensor:
-    """<m|-1/2 nabla^2|n>, (n_ao, n_ao) in Hartree, of positions (n_atom, 3) in bohr."""
+    """<m|-1/2 nabla^2|n>, (..., n_ao, n_ao) in Hartree, of positions (..., n_atom, 3) in bohr."""
     pairs = shell_pairs(basis, positions.device)
     a, b = pairs.exponent
     p = a + b
-    separation = positions[pairs.atom[0]] - positions[pairs.atom[1]]
+    separation = positions[..., pairs.atom[0], :] - positions[..., pairs.atom[1], :]
     pa, pb = (-b / p)[:, None] * separation, (a / p)[:, None] * separation
     # x_A^i x_B^j of each axis: rows 3 i + j
     moments = torch.stack([row[0] for row in expansion(2, 2, pa, pb, (0.5 / p)[:, None])])
@@ -93,10 +94,10 @@ def kinetic(basis: Basis, positions: Tensor) -> Tensor:
     for kind in pairs.classes:
         part = slice(kind.first, kind.last)
         i, j = torch.tensor(products(kind.order), device=p.device).permute(1, 2, 0)
-        x, y, z = (moments[:, part, d][3 * i[d] + j[d]] for d in range(3))
-        dx, dy, dz = (slope[:, part, d][2 * i[d] + j[d]] for d in range(3))
-        value = dx * y * z + x * dy * z + x * y * dz  # (n_prod, n_prim)
-        values.append(kind.coefficients * (factor[part] * value).T)
+        x, y, z = (moments[..., part, d][3 * i[d] + j[d]] for d in range(3))
+        dx, dy, dz = (slope[..., part, d][2 * i[d] + j[d]] for d in range(3))
+        value = dx * y * z + x * dy * z + x * y * dz  # (n_prod, ..., n_prim)
+        values.append(kind.coefficients * (factor[..., part] * value).movedim(0, -1))
     return _scatter(basis, pairs.classes, values)
 
 
@@ -113,14 +114,14 @@ def _matrix(basis: Basis, tables: tuple[HermitePairs, ...], values: list[Tensor]
 
 
 def _scatter(basis: Basis, classes: tuple[PairClass, ...], values: list[Tensor]) -> Tensor:
-    """Symmetric (n_ao, n_ao) matrix from the (n_prim, n_prod) contributions of each class."""
-    n = basis.n_ao
+    """Symmetric (..., n_ao, n_ao) from the (..., n_prim, n_prod) contributions of each class."""
+    n, many = basis.n_ao, values[0].shape[:-2]
     # one more row and column take the functions, numbered -1, that the basis lacks
-    matrix = values[0].new_zeros((n + 1) * (n + 1))
+    matrix = values[0].new_zeros((*many, (n + 1) * (n + 1)))
     for kind, value in zip(classes, values, strict=True):
-        pair_values = value.new_zeros((len(kind.weight), value.shape[1]))
-        pair_values = pair_values.index_add(0, kind.pair, value)
-        row, column = (kind.ao % (n + 1)).unbind(-1)
-        matrix = matrix.index_put((row * (n + 1) + column,), pair_values)
-        matrix = matrix.index_put((column * (n + 1) + row,), pair_values)
-    return matrix.view(n + 1, n + 1)[:n, :n]
+        pair_values = value.new_zeros((*many, len(kind.weight), value.shape[-1]))
+        pair_values = pair_values.index_add(-2, kind.pair, value).flatten(-2)
+        row, column = (kind.ao % (n + 1)).flatten(0, 1).unbind(-1)
+        matrix = matrix.index_copy(-1, row * (n + 1) + column, pair_values)
+        matrix = matrix.index_copy(-1, column * (n + 1) + row, pair_values)
+    return matrix.view(*many, n + 1, n + 1)[..., :n, :n]

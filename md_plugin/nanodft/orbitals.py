@@ -64,34 +64,36 @@ class Orbitals:
         return cls(*(table.to(device) for table in tables))
 
     def at(self, points: Tensor, x: Tensor, derivatives: int) -> Values:
-        """Functions of atoms at x (n_atom, 3) at points (n, 3), bohr.
+        """Functions of atoms at x (..., n_atom, 3) at points (..., n, 3), bohr.
 
         Args:
             points: where.
             x: positions of the atoms.
             derivatives: 0, 1 or 2, the highest that will be asked of the result.
         """
-        d = points[:, None] - x
-        decay = (-self.exponents * d.square().sum(-1)[:, self.centre]).exp()
+        d = points[..., None, :] - x[..., None, :, :]
+        decay = (-self.exponents * d.square().sum(-1)[..., self.centre]).exp()
         radial = []
         for m in range(derivatives + 1):
             radial.append(decay @ (self.contraction * (-2 * self.exponents[:, None]) ** m))
-        d = d.permute(2, 0, 1)
-        polynomial = torch.cat([torch.ones_like(d[:1]), d])[self.component, :, self.atom].T
+        d = d.movedim(-1, 0)
+        powers = torch.cat([torch.ones_like(d[:1]), d])
+        polynomial = powers[self.component, ..., self.atom].movedim(0, -1)
         constants = (self.component == torch.arange(1, 4, device=d.device)[:, None]).double()
-        shifts = d[:, :, self.atom] if derivatives else d.new_empty(3, 0, 0)
+        constants = constants.view(3, *[1] * (d.dim() - 2), -1)
+        shifts = d[..., self.atom] if derivatives else d[..., :0]
         return Values(polynomial, constants, shifts, tuple(radial))
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """Factors of the module's equations at n points.
+    """Factors of the module's equations at n points of one geometry, or of many (...).
 
     Attributes:
-        polynomial: (n, n_ao) Y.
-        constants: (3, n_ao) Y_j.
-        shifts: (3, n, n_ao) d_j.
-        radial: u_0, u_1 ..., (n, n_ao) each.
+        polynomial: (..., n, n_ao) Y.
+        constants: (3, ..., 1, n_ao) Y_j.
+        shifts: (3, ..., n, n_ao) d_j.
+        radial: u_0, u_1 ..., (..., n, n_ao) each.
     """
 
     polynomial: Tensor
@@ -101,34 +103,34 @@ class Values:
 
     @property
     def chi(self) -> Tensor:
-        """(n, n_ao) values, bohr^(-3/2)."""
+        """(..., n, n_ao) values, bohr^(-3/2)."""
         return self.polynomial * self.radial[0]
 
     @property
     def gradient(self) -> Tensor:
-        """(3, n, n_ao) derivatives chi_j, bohr^(-5/2)."""
+        """(3, ..., n, n_ao) derivatives chi_j, bohr^(-5/2)."""
         slope = self.polynomial * self.radial[1]
-        return torch.addcmul(self.shifts * slope, self.constants[:, None], self.radial[0])
+        return torch.addcmul(self.shifts * slope, self.constants, self.radial[0])
 
     @property
     def tables(self) -> Tensor:
-        """(4, n, n_ao) chi and its three derivatives."""
+        """(4, ..., n, n_ao) chi and its three derivatives."""
         return torch.cat([self.chi[None], self.gradient])
 
     def pull(self, of_chi: Tensor, of_gradient: Tensor | None) -> Tensor:
-        """(3, n, n_ao) slope of a scalar as each function's d moves: of_chi chi_k + of_j chi_jk.
+        """(3, ..., n, n_ao) slope of a scalar as functions' d move: of_chi chi_k + of_j chi_jk.
 
         Args:
-            of_chi: (n, n_ao) derivatives of the scalar with respect to chi.
-            of_gradient: (3, n, n_ao) with respect to chi_j; None where it does not depend on them.
+            of_chi: (..., n, n_ao) derivatives of the scalar with respect to chi.
+            of_gradient: (3, ..., n, n_ao) with respect to chi_j; None where it has none of them.
         """
         y, u = self.polynomial, self.radial
         if of_gradient is None:
             return of_chi * self.gradient
         along = (of_gradient * self.shifts).sum(0)
-        constant = (of_gradient * self.constants[:, None]).sum(0)
+        constant = (of_gradient * self.constants).sum(0)
         radial_part = constant * u[1] + y * (along * u[2] + of_chi * u[1])
         angular_part = along * u[1] + of_chi * u[0]
         pull = self.shifts * radial_part
-        pull.addcmul_(self.constants[:, None], angular_part)
+        pull.addcmul_(self.constants, angular_part)
         return pull.addcmul_(of_gradient, y * u[1])

@@ -91,8 +91,8 @@ class HermitePairs:
     Attributes:
         kind: the class.
         exponent: (n_prim,) p, 1/bohr^2.
-        centre: (n_prim, 3) P, bohr.
-        expansion: (n_prim, n_hermite(order), n_prod) E.
+        centre: (..., n_prim, 3) P, bohr.
+        expansion: (..., n_prim, n_hermite(order), n_prod) E.
     """
 
     kind: PairClass
@@ -192,10 +192,10 @@ def _factors(order: int, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def hermite_pairs(pairs: ShellPairs, positions: Tensor) -> tuple[HermitePairs, ...]:
-    """Expand all pairs of shells; differentiable in the positions (n_atom, 3), bohr."""
+    """Expand all pairs of shells; differentiable in the positions (..., n_atom, 3), bohr."""
     a, b = pairs.exponent
     p = a + b
-    at, other = positions[pairs.atom[0]], positions[pairs.atom[1]]
+    at, other = positions[..., pairs.atom[0], :], positions[..., pairs.atom[1], :]
     separation = at - other
     # P - A and P - B from A - B: no cancellation, exactly zero on one centre
     pa, pb = (-b / p)[:, None] * separation, (a / p)[:, None] * separation
@@ -203,14 +203,14 @@ def hermite_pairs(pairs: ShellPairs, positions: Tensor) -> tuple[HermitePairs, .
     prefactor = torch.exp(-a * b / p * (separation * separation).sum(-1))
     rows = expansion(1, 1, pa, pb, (0.5 / p)[:, None])
     zero = torch.zeros_like(pa)
-    # (n_prim, 3, 12): i, j, t of one axis, zero where t > i + j
+    # (..., n_prim, 3, 12): i, j, t of one axis, zero where t > i + j
     axes = torch.stack([e for row in rows for e in (*row, zero, zero)[:3]], dim=-1)
     tables = []
     for kind in pairs.classes:
         part = slice(kind.first, kind.last)
-        table = (prefactor[part, None] * kind.coefficients)[:, None, :]
+        table = (prefactor[..., part, None] * kind.coefficients)[..., None, :]
         for axis, index in enumerate(_factors(kind.order, positions.device)):
             if kind.order:
-                table = table * axes[part, axis][:, index]
-        tables.append(HermitePairs(kind, p[part], centre[part], table))
+                table = table * axes[..., part, axis, :][..., index]
+        tables.append(HermitePairs(kind, p[part], centre[..., part, :], table))
     return tuple(tables)

@@ -25,7 +25,7 @@ from md_plugin.nanodft import boys, numba_eri, numba_gradient
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.hermite import n_hermite, steps, sums
 from md_plugin.nanodft.numba_kernels import Pairs, Recursion
-from md_plugin.nanodft.shell_pairs import HermitePairs, PairClass, hermite_pairs, shell_pairs
+from md_plugin.nanodft.shell_pairs import HermitePairs, hermite_pairs, shell_pairs
 from md_plugin.nanodft.two_electron_parts import (
     bounds,
     cut_of_energy,
@@ -33,6 +33,7 @@ from md_plugin.nanodft.two_electron_parts import (
     kept,
     parity,
     terms,
+    wanted_products,
 )
 
 ERI_CUT = 1e-14
@@ -46,7 +47,7 @@ def eri(basis: Basis, positions: Tensor, max_memory: int) -> Tensor:
     """(n_ao (n_ao + 1) / 2,) * 2 integrals over unique products m >= n, in Hartree."""
     tables = hermite_pairs(shell_pairs(basis, positions.device), positions.detach())
     sides = _sides(tables, ERI_CUT)
-    products = [_wanted_products(t.kind) for t in tables]
+    products = [wanted_products(t.kind).numpy() for t in tables]
     n = basis.n_ao * (basis.n_ao + 1) // 2
     packed = np.zeros((n, n))
     share = _share(sides)
@@ -135,15 +136,6 @@ def _side(table: HermitePairs, bound: Tensor, part: Tensor) -> _Side:
         terms=_padded_terms(order),
     )
     return _Side(order, arrays, part)
-
-
-@lru_cache(maxsize=64)
-def _wanted_products(kind: PairClass) -> np.ndarray:
-    """(n_pair, n_prod) number of each product; -1 for what a shell with itself has twice."""
-    m, n = kind.ao.unbind(-1)
-    twice = (kind.weight == 1.0)[:, None] & (m < n)
-    numbers: np.ndarray = torch.where(twice, -1, kind.product).numpy()
-    return numbers
 
 
 @lru_cache(maxsize=3)

@@ -19,13 +19,19 @@ from torch import Tensor
 
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.hermite import TRIPLES, n_hermite, sums
-from md_plugin.nanodft.shell_pairs import HermitePairs, hermite_pairs, products, shell_pairs
+from md_plugin.nanodft.shell_pairs import (
+    HermitePairs,
+    PairClass,
+    hermite_pairs,
+    products,
+    shell_pairs,
+)
 
 Potentials = Callable[[tuple[HermitePairs, ...], Tensor], Iterable[tuple[Tensor, Tensor]]]
 
 
 def bounds(table: HermitePairs) -> Tensor:
-    """(n_prim,) sum_h |E_h| sqrt((h|h)), with the largest |E_h| of the products.
+    """(n_prim,) sum_h |E_h| sqrt((h|h)), with the largest |E_h| of products and geometries.
 
     (0|0) = 2 pi^{5/2} / (p^2 sqrt(2 p)); (h|h) / (0|0) is p / 3 for one derivative, and for two at
     most 3 p^2 / 5 (R_400 at zero).
@@ -34,6 +40,7 @@ def bounds(table: HermitePairs) -> Tensor:
     own = torch.sqrt(2 * math.pi**2.5 / (p * p * torch.sqrt(2 * p)))
     roots = (torch.ones_like(p), torch.sqrt(p / 3), math.sqrt(0.6) * p)
     largest = table.expansion.detach().abs().amax(-1)
+    largest = largest.flatten(0, -3).amax(0) if largest.dim() > 2 else largest
     orders = [sum(t) for t in TRIPLES[: largest.shape[1]]]
     return own * (largest * torch.stack([roots[n] for n in orders], dim=1)).sum(1)
 
@@ -62,18 +69,26 @@ def terms(order: int) -> tuple[tuple[int, ...], ...]:
     )
 
 
+@lru_cache(maxsize=64)
+def wanted_products(kind: PairClass) -> Tensor:
+    """(n_pair, n_prod) number of each product; -1 for what a shell with itself has twice."""
+    m, n = kind.ao.unbind(-1)
+    twice = (kind.weight == 1.0)[:, None] & (m < n)
+    return torch.where(twice, -1, kind.product)
+
+
 def padded_density(dm: Tensor) -> Tensor:
     """The density matrix with a zero row and column for functions numbered -1."""
     return torch.nn.functional.pad(dm, (0, 1, 0, 1))
 
 
 def coulomb_only(table: HermitePairs, part: Tensor, potential: Tensor, dm: Tensor) -> Tensor:
-    """Y of all products from the potential of all kets, (n, n_hermite, 1): without exchange Gamma
-    is a product, and only the bra's factor is left to put in. dm is the padded density matrix.
+    """Y of all products from the potential of all kets, (..., n, n_hermite, 1): without exchange
+    Gamma is a product, and only the bra's factor is left. dm is the padded density matrix.
     """
     m, n = table.kind.ao.unbind(-1)
-    gamma = table.kind.weight[:, None] * dm[m, n]
-    return potential * gamma[table.kind.pair[part]][:, None]
+    gamma = table.kind.weight[:, None] * dm[..., m, n]
+    return potential * gamma[..., table.kind.pair[part], None, :]
 
 
 def slopes(table: HermitePairs, part: Tensor, potential: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,23 +97,25 @@ def slopes(table: HermitePairs, part: Tensor, potential: Tensor) -> tuple[Tensor
     Args:
         table: the class.
         part: (n,) the primitive pairs that Y is known for; it is zero for the rest.
-        potential: (n, n_hermite(order + 1), n_prod) Y.
+        potential: (..., n, n_hermite(order + 1), n_prod) Y.
 
     Returns:
-        (n_prim, n_hermite(order), n_prod) and (n_prim, 3).
+        (..., n_prim, n_hermite(order), n_prod) and (..., n_prim, 3).
     """
     slope, force = torch.zeros_like(table.expansion), torch.zeros_like(table.centre)
-    slope[part] = potential[:, : slope.shape[1]]
-    expansion, raised = table.expansion[part], sums(table.kind.order, 1).to(part.device)
+    slope[..., part, :, :] = potential[..., : slope.shape[-2], :]
+    expansion = table.expansion[..., part, :, :]
+    raised = sums(table.kind.order, 1).to(part.device)
     for axis in range(3):
-        force[part, axis] = (expansion * potential[:, raised[:, 1 + axis]]).sum((1, 2))
+        along = expansion * potential[..., raised[:, 1 + axis], :]
+        force[..., part, axis] = along.sum((-1, -2))
     return slope, force
 
 
 def gradient_of(
     basis: Basis, positions: Tensor, dm: Tensor, hyb: float, potentials: Potentials
 ) -> Tensor:
-    """(n_atom, 3) gradient at constant density matrix, Ha/bohr, of a kernel that gives Y.
+    """(..., n_atom, 3) gradient at constant density matrix, Ha/bohr, of a kernel that gives Y.
 
     potentials(tables, padded density matrix) gives for each class the primitive pairs that matter
     and their Y; without exchange Y has one column, which still lacks the bra's factor.
@@ -124,7 +141,7 @@ def cut_of_energy(cut: float, dm: Tensor) -> float:
 def from_slopes(
     tables: tuple[HermitePairs, ...], positions: Tensor, given: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """(n_atom, 3) gradient in the positions from the slopes of each class, by autograd."""
+    """(..., n_atom, 3) gradient in the positions from the slopes of each class, by autograd."""
     outputs = [output for t in tables for output in (t.expansion, t.centre)]
     (gradient,) = torch.autograd.grad(outputs, positions, [s for pair in given for s in pair])
     return gradient

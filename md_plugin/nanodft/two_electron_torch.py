@@ -6,7 +6,8 @@
 with the sum over pairs of primitives and (-1)^{h'} the parity of t + u + v (McMurchie and Davidson
 1978). Pairs of shells are taken in blocks; a block meets itself and the earlier ones, which is the
 eightfold symmetry but for the blocks on the diagonal. In the gradient a block of integrals is
-contracted with Gamma to a scalar and differentiated at once, so that memory follows the block.
+contracted with Gamma to a scalar and differentiated at once, so that memory follows the block. All
+geometries (...) go through together.
 """
 
 from __future__ import annotations
@@ -46,31 +47,33 @@ class _Block:
 
 
 def eri(basis: Basis, positions: Tensor, max_memory: int) -> Tensor:
-    """(n_ao (n_ao + 1) / 2,) * 2 integrals over unique products m >= n, in Hartree.
+    """(..., n_ao (n_ao + 1) / 2, same) integrals over unique products m >= n, in Hartree.
 
     Args:
         basis: the functions.
-        positions: (n_atom, 3) bohr.
+        positions: (..., n_atom, 3) bohr.
         max_memory: bytes for a block's intermediate arrays.
     """
     tables = hermite_pairs(shell_pairs(basis, positions.device), positions.detach())
     # one more row and column take the functions, numbered -1, that the basis lacks
     n = basis.n_ao * (basis.n_ao + 1) // 2 + 1
-    packed = positions.new_zeros((n, n))
+    many = positions.shape[:-2]
+    packed = positions.new_zeros((*many, n, n))
     rows = [t.kind.product for t in tables]
-    for bra, ket in _meetings(tables, max_memory // _BYTES["integrals"]):
+    for bra, ket in _meetings(tables, max_memory // _BYTES["integrals"] // math.prod(many)):
         values = _integrals(bra.table, ket.table, bra.owner, ket.owner)
         row, column = rows[bra.index][bra.pairs].flatten(), rows[ket.index][ket.pairs].flatten()
-        values = values.permute(0, 2, 1, 3).reshape(len(row), len(column))
-        packed[row[:, None], column] = values
-        packed[column[:, None], row] = values.T
-    return packed[:-1, :-1]
+        values = values.transpose(-2, -3).reshape(*many, len(row), len(column))
+        packed[..., row[:, None], column] = values
+        packed[..., column[:, None], row] = values.mT
+    return packed[..., :-1, :-1]
 
 
 def two_electron_gradient(
     basis: Basis, positions: Tensor, dm: Tensor, hyb: float, max_memory: int
 ) -> Tensor:
-    """(n_atom, 3) gradient at constant density matrix, Ha/bohr; see `integrals`."""
+    """(..., n_atom, 3) gradient at constant density matrix, Ha/bohr; see `integrals`."""
+    max_memory //= math.prod(positions.shape[:-2])
     with torch.enable_grad():
         x = positions.detach().requires_grad_()
         attached = hermite_pairs(shell_pairs(basis, x.device), x)
@@ -91,40 +94,45 @@ def two_electron_gradient(
             energy = 0.5 * twice * (values * _gamma(dm, bra, ket, hyb)).sum()
             for leaf, slope in enumerate(torch.autograd.grad(energy, leaves)):
                 side = (bra, ket)[leaf // 2]
-                slopes[side.index][leaf % 2][side.prims] += slope
+                start, stop = side.prims.start, side.prims.stop
+                whole = slopes[side.index][leaf % 2]
+                whole.narrow(leaf % 2 - 3, start, stop - start).add_(slope)
         return from_slopes(attached, x, slopes)
 
 
 def _gamma(dm: Tensor, bra: _Block, ket: _Block, hyb: float) -> Tensor:
-    """(n_bra, n_ket, n_prod, n_prod) D_mn D_kl - hyb/4 (D_mk D_nl + D_ml D_nk), times weights."""
+    """(..., n_bra, n_ket, n_prod, n_prod) D_mn D_kl - hyb/4 (D_mk D_nl + D_ml D_nk), weighted."""
     dm = padded_density(dm)
     m, n = bra.table.kind.ao[bra.pairs].unbind(-1)
     k, l = ket.table.kind.ao[ket.pairs].unbind(-1)
-    gamma = torch.einsum("am,bk->abmk", dm[m, n], dm[k, l])
+    gamma = torch.einsum("...am,...bk->...abmk", dm[..., m, n], dm[..., k, l])
     if hyb:
         m, n = m[:, None, :, None], n[:, None, :, None]
         k, l = k[None, :, None, :], l[None, :, None, :]
-        gamma -= hyb / 4 * (dm[m, k] * dm[n, l] + dm[m, l] * dm[n, k])
+        exchange = dm[..., m, k] * dm[..., n, l] + dm[..., m, l] * dm[..., n, k]
+        gamma -= hyb / 4 * exchange
     weight = torch.outer(bra.table.kind.weight[bra.pairs], ket.table.kind.weight[ket.pairs])
     return gamma * weight[:, :, None, None]
 
 
 def _integrals(bra: HermitePairs, ket: HermitePairs, owner: Tensor, other: Tensor) -> Tensor:
-    """(n_bra, n_ket, n_prod, n_prod) integrals of two blocks; owner: pair of each primitive."""
+    """(..., n_bra, n_ket, n_prod, n_prod) integrals of two blocks; owner: pairs of primitives."""
     orders = bra.kind.order, ket.kind.order
     p, q = bra.exponent[:, None], ket.exponent
     theta = 2 * math.pi**2.5 / (p * q * torch.sqrt(p + q))
-    distance = bra.centre[:, None] - ket.centre
+    distance = bra.centre[..., :, None, :] - ket.centre[..., None, :, :]
     hermite = theta * coulomb(sum(orders), p * q / (p + q), distance)
-    hermite = hermite[sums(*orders).to(p.device)]  # (h, h', bra, ket)
-    half = torch.einsum("hjab,bjk->abhk", hermite, ket.expansion * parity(orders[1], q)[:, None])
-    half = _add(half.transpose(0, 1), other).transpose(0, 1)  # (bra, pairs of ket, h, k)
-    return _add(torch.einsum("ahm,abhk->abmk", bra.expansion, half), owner)
+    hermite = hermite[sums(*orders).to(p.device)]  # (h, h', ..., bra, ket)
+    signed = ket.expansion * parity(orders[1], q)[:, None]
+    half = _add(torch.einsum("hj...ab,...bjk->...abhk", hermite, signed), other, -3)
+    return _add(torch.einsum("...ahm,...abhk->...abmk", bra.expansion, half), owner, -4)
 
 
-def _add(values: Tensor, owner: Tensor) -> Tensor:
-    """Sum the rows that have the same owner."""
-    return values.new_zeros((int(owner[-1]) + 1, *values.shape[1:])).index_add(0, owner, values)
+def _add(values: Tensor, owner: Tensor, axis: int) -> Tensor:
+    """Sum along an axis what has the same owner."""
+    shape = list(values.shape)
+    shape[axis] = int(owner[-1]) + 1
+    return values.new_zeros(shape).index_add(axis, owner, values)
 
 
 def _meetings(
@@ -151,8 +159,8 @@ def _blocks(tables: tuple[HermitePairs, ...] | list[HermitePairs], size: int) ->
             cut = replace(
                 table,
                 exponent=table.exponent[prims],
-                centre=table.centre[prims],
-                expansion=table.expansion[prims],
+                centre=table.centre[..., prims, :],
+                expansion=table.expansion[..., prims, :, :],
             )
             blocks.append(_Block(cut, index, first, slice(first, last), prims))
             first = last
