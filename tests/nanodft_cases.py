@@ -35,7 +35,7 @@ def mean_field(atoms: Atoms, xc: str, basis: str, level: int = 0, charge: int = 
     field = scf.RHF(system) if xc == "hf" else dft.RKS(system, xc=PYSCF_XC[xc])
     if xc != "hf":
         field.grids.level = level
-    field.conv_tol, field.conv_tol_grad = 1e-12, 1e-8
+    field.conv_tol, field.conv_tol_grad = 1e-12, 1e-9
     field.kernel()
     assert field.converged
     return field

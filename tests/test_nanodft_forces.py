@@ -18,15 +18,8 @@ from md_plugin.nanodft.orbitals import Orbitals
 
 FORCE = Hartree / Bohr  # eV/Å in a Hartree per bohr
 CASES = [
-    (name, xc, basis)
-    for name in cases.NAMES
-    if name != "C6H6"
-    for xc in METHODS
-    for basis in ("sto-3g", "6-31g")
+    (name, xc, basis) for name in cases.NAMES for xc in METHODS for basis in ("sto-3g", "6-31g")
 ]
-# Benzene takes as long as all others together: each method once.
-CASES += [("C6H6", "hf", "sto-3g"), ("C6H6", "b3lyp", "sto-3g")]
-CASES += [("C6H6", "svwn", "6-31g"), ("C6H6", "b3lyp5", "6-31g")]
 
 
 def compute(atoms, **settings):
@@ -37,10 +30,10 @@ def compute(atoms, **settings):
 def test_energy_and_forces_are_those_of_pyscf(name, xc, basis):
     atoms = cases.displaced(name)
     field = cases.mean_field(atoms, xc, basis, level=0)
-    result = compute(atoms, xc=xc, basis=basis, grid_level=0, conv_tol_grad=1e-8)
+    result = compute(atoms, xc=xc, basis=basis, grid_level=0)
     assert result.converged
     assert abs(result.energy / Hartree - field.e_tot) < 1e-9
-    assert abs(result.forces / FORCE + cases.gradient(field)).max() < 1e-7
+    assert abs(result.forces / FORCE + cases.gradient(field)).max() < 3e-8
     assert abs(result.forces.sum(0)).max() / FORCE < 1e-9
     occupied = field.mo_occ > 0
     gap = field.mo_energy[~occupied].min() - field.mo_energy[occupied].max()

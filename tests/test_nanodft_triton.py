@@ -18,6 +18,9 @@ from test_nanodft_integrals import system, worst
 from md_plugin.nanodft import eri
 from md_plugin.nanodft.basis import Basis
 
+if HAVE_TRITON:
+    from md_plugin.nanodft import triton_eri, triton_gradient
+
 interpreted = pytest.mark.skipif(not HAVE_TRITON, reason="no GPU, and TRITON_INTERPRET is not set")
 
 
@@ -33,21 +36,34 @@ def test_integrals_against_torch_and_libcint(name):
 @interpreted
 def test_integrals_far_apart_and_several_tiles():
     """Arguments beyond the table of the Boys function; more pairs of shells than a tile has."""
-    basis, x = Basis.build([1] * 8, "6-31g"), torch.zeros(8, 3, dtype=torch.float64)
-    x[:, 0], x[:, 1] = 1.5 * torch.arange(8), torch.tensor([0.0, 0.3, 9.0, 0.1, 0.0, 1.0, 2.0, 7.0])
+    basis, x = Basis.build([1] * 6, "6-31g"), torch.zeros(6, 3, dtype=torch.float64)
+    x[:, 0], x[:, 1] = 1.5 * torch.arange(6), torch.tensor([0.0, 0.3, 9.0, 0.1, 2.0, 7.0])
     assert worst(eri(basis.numbers, x, basis, "triton"), basis.mole(x).intor("int2e")) < 1e-11
 
 
 @interpreted
-@pytest.mark.parametrize("hyb", [0.0, 0.2])
-def test_many_geometries_are_one_launch_and_the_same_numbers(hyb):
+def test_many_geometries_are_one_launch_and_the_same_numbers(monkeypatch):
     basis, one = system("H2", "def2-svp")
     x = torch.stack([one, system("H2", "def2-svp", seed=5)[1]])
     dm = torch.stack([random_density(basis, seed) for seed in (1, 2)])
-    together, slopes = eri([1, 1], x, basis, "triton"), gradient(basis, x, dm, hyb, "triton")
-    for k in range(2):
-        assert worst(together[k], eri([1, 1], x[k], basis, "triton")) < 1e-14
-        assert worst(slopes[k], gradient(basis, x[k], dm[k], hyb, "triton")) < 1e-11
+    want = [gradient(basis, x[k], dm[k], 0.2, "torch") for k in range(2)]
+    molecules = []
+    for module, kernel in ((triton_eri, "_repulsion"), (triton_gradient, "_potential")):
+        monkeypatch.setattr(module, kernel, Launches(getattr(module, kernel), molecules))
+    assert worst(eri([1, 1], x, basis, "triton"), eri([1, 1], x, basis, "torch")) < 1e-11
+    assert worst(gradient(basis, x, dm, 0.2, "triton"), torch.stack(want)) < 1e-9
+    assert molecules == [2] * (6 + 9)  # unordered pairs of three classes, and ordered ones
+
+
+class Launches:
+    """A kernel that notes for how many molecules it is launched."""
+
+    def __init__(self, kernel, molecules):
+        self.kernel, self.molecules = kernel, molecules
+
+    def __getitem__(self, grid):
+        self.molecules.append(grid[2])
+        return self.kernel[grid]
 
 
 @interpreted
@@ -68,7 +84,7 @@ from md_plugin.nanodft.triton_parts import OPTIONS
 eri, gradient = triton_eri.compiled_in, triton_gradient.compiled_in
 kernels = {
     "gradient (sp s|sp s)": (triton_gradient._potential, gradient(2, 1, True), 168, 0),
-    "eri (sp s|sp s)": (triton_eri._repulsion, eri(1, 1), 200, 0),
+    "eri (sp s|sp s)": (triton_eri._repulsion, eri(1, 1), 200, 64),
     "eri (sp sp|sp sp)": (triton_eri._repulsion, eri(2, 2), 255, 192),
 }
 sizes = {"n_bra": 41, "n_ket": 57, "n_dm": 7, "n_bra_pair": 9, "n_ket_pair": 11, "n_out": 28}

@@ -47,11 +47,15 @@ def energy_forces(
 def energy_forces_batch(
     numbers: ArrayLike, positions: Iterable[Any], *, return_exceptions: Literal[False] = False,
     **settings: Any,
-) -> list[Result]: ...  # fmt: skip
+) -> list[Result]:  # fmt: skip
+    """The first error is raised."""
+
+
 @overload
 def energy_forces_batch(
     numbers: ArrayLike, positions: Iterable[Any], *, return_exceptions: bool, **settings: Any
-) -> list[Result | Exception]: ...
+) -> list[Result | Exception]:
+    """Errors stand in the list."""
 
 
 def energy_forces_batch(

@@ -26,6 +26,7 @@ from md_plugin.nanodft.exchange_correlation import GridIntegrals
 
 MIN_OVERLAP = 1e-8  # eigenvalue of S; below, functions are linearly dependent in float64
 N_DIIS = 8
+_SHORTEST = 1e-150  # of g; keeps an exact solution apart from 0 / 0
 
 
 class ConvergenceError(RuntimeError):
@@ -206,16 +207,18 @@ class Diis:
         self.errors = [*self.errors, error][-N_DIIS:]
         n = len(self.focks)
         flat = torch.stack(self.errors, dim=-3).flatten(-2)
-        products = flat @ flat.mT
-        scale = products[..., -1:, -1:]  # errors span many orders of magnitude
-        equations = flat.new_ones(*flat.shape[:-2], n + 1, n + 1)
-        equations[..., :n, :n] = products / torch.where(scale > 0, scale, 1)
-        equations[..., n, n] = 0
+        # Errors span many orders of magnitude: unknowns are weights times lengths, of unit vectors.
+        length = flat.norm(dim=-1, keepdim=True).clamp(min=_SHORTEST)
+        unit, inverse = flat / length, length.amin(-2, keepdim=True) / length
+        equations = flat.new_zeros(*flat.shape[:-2], n + 1, n + 1)
+        equations[..., :n, :n] = unit @ unit.mT
+        equations[..., :n, n:] = inverse
+        equations[..., n:, :n] = inverse.mT
         right = torch.zeros_like(equations[..., :1])
         right[..., n, :] = 1
         solution = torch.linalg.lstsq(equations.cpu(), right.cpu(), driver="gelsd").solution
-        weights = solution[..., :n, :, None].to(fock.device)
-        weights = weights / weights.sum(-3, keepdim=True)  # gelsd cuts small singular values
+        weights = solution[..., :n, :].to(fock.device) * inverse
+        weights = (weights / weights.sum(-2, keepdim=True))[..., None]  # gelsd keeps no constraint
         combined: Tensor = (weights * torch.stack(self.focks, dim=-3)).sum(-3)
         return combined
 

@@ -61,6 +61,29 @@ def _contracted(
     return half
 
 
+@triton.jit
+def _expanded(total, half, e, live, n_ket, N_KET: tl.constexpr, TERMS: tl.constexpr):
+    """total with what primitives of the kets add, whose expansions begin at e."""
+    N_PROD: tl.constexpr = len(TERMS)
+    added = ()
+    for c in tl.static_range(N_PROD):
+        value = total[c]
+        for h in tl.static_range(N_KET):
+            if TERMS[c][h]:
+                value += half[h] * tl.load(e + (h * N_PROD + c) * n_ket, mask=live, other=0.0)
+        added = added + (value,)
+    return added
+
+
+@triton.jit
+def _store(out, n_out, row, column, values, meets, twice):
+    """Write integrals at (row, column), and at (column, row) where that is another place."""
+    value = tl.sum(values, axis=0, keep_dims=True)
+    wanted = (row >= 0) & (column >= 0)
+    tl.store(out + row * n_out + column, value, mask=wanted & meets)
+    tl.store(out + column * n_out + row, value, mask=wanted & twice)
+
+
 # Sizes are runtime values: another molecule compiles nothing.
 @triton.jit(do_not_specialize=["n_bra", "n_ket", "n_bra_pair", "n_ket_pair", "n_out"])
 def _repulsion(
@@ -106,22 +129,11 @@ def _repulsion(
             bra, bra_expansion, b0, b1, r, site, zero, table, n_bra, ORDER, N, STEPS, SUMS, BOYS,
             N_ROW, BRAS,
         )  # fmt: skip
-        added = ()
-        for c in tl.static_range(N_PROD):
-            value = total[c]
-            for h in tl.static_range(N_KET):
-                if TERMS[c][h]:
-                    e = ket_expansion + (h * N_PROD + c) * n_ket + k
-                    value += half[h] * tl.load(e, mask=k < k1, other=0.0)
-            added = added + (value,)
-        total = added
+        total = _expanded(total, half, ket_expansion + k, k < k1, n_ket, N_KET, TERMS)
     row = tl.load(bra_row + i * N_ROW + r)
     for c in tl.static_range(N_PROD):
         column = tl.load(ket_row + j * N_PROD + c, mask=j < n_ket_pair, other=-1)
-        wanted = (row >= 0) & (column >= 0)
-        value = tl.sum(total[c], axis=0, keep_dims=True)
-        tl.store(out + row * n_out + column, value, mask=wanted & meets)
-        tl.store(out + column * n_out + row, value, mask=wanted & twice)
+        _store(out, n_out, row, column, total[c], meets, twice)
 
 
 def compiled_in(bra: int, ket: int) -> dict[str, Any]:

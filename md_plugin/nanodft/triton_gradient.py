@@ -62,6 +62,19 @@ def _gamma(pair, m, n, ao, dm, root, n_dm, N_PROD: tl.constexpr, EXCHANGE: tl.co
     return gamma
 
 
+@triton.jit
+def _weights(gamma, e, live, zero, n_ket, N_KET: tl.constexpr, TERMS: tl.constexpr):
+    """G_h' of the kets whose expansions begin at e."""
+    weights = ()
+    for h in tl.static_range(N_KET):
+        weight = zero
+        for c in tl.static_range(len(TERMS)):
+            if TERMS[c][h]:
+                weight += gamma[c] * tl.load(e + (c * N_KET + h) * n_ket, mask=live, other=0.0)
+        weights = weights + (weight,)
+    return weights
+
+
 # Sizes are runtime values: another molecule compiles nothing.
 @triton.jit(do_not_specialize=["n_bra", "n_ket", "n_dm"])
 def _potential(
@@ -90,23 +103,17 @@ def _potential(
     site = place_of(bra, b, n_bra)
     product = bra_ao + (tl.load(bra_pair + b, mask=there, other=0) * N_ROW + r) * 2
     m, n = tl.load(product), tl.load(product + 1)
+    zero = tl.zeros((BRAS, ROWS, BLOCK), tl.float64)
     total = ()
     for _ in tl.static_range(N_BRA):
-        total = total + (tl.zeros((BRAS, ROWS, BLOCK), tl.float64),)
+        total = total + (zero,)
     for k0 in range(0, n_ket, BLOCK):
         k = k0 + tl.arange(0, BLOCK)[None, None, :]
         live = k < n_ket
         hermite = coulomb(site, place_of(ket, k, n_ket), table, ORDER, N, STEPS, BOYS)
         pair = tl.load(ket_pair + k, mask=live, other=0)
         gamma = _gamma(pair, m, n, ket_ao, dm, root, n_dm, N_PROD, EXCHANGE)
-        weights = ()
-        for h in tl.static_range(N_KET):
-            weight = tl.zeros((BRAS, ROWS, BLOCK), tl.float64)
-            for c in tl.static_range(N_PROD):
-                if TERMS[c][h]:
-                    e = expansion + (c * N_KET + h) * n_ket + k
-                    weight += gamma[c] * tl.load(e, mask=live, other=0.0)
-            weights = weights + (weight,)
+        weights = _weights(gamma, expansion + k, live, zero, n_ket, N_KET, TERMS)
         raised = ()
         for h in tl.static_range(N_BRA):
             value = total[h]
