@@ -45,7 +45,11 @@ from md_plugin.nanodft.scf import (
     purify,
     solve,
 )
+from md_plugin.nanodft.shell_pairs import shell_pairs
 
+_MOST = 4096  # geometries at once; a GPU is full long before, and its grids end at 65,535
+# Of one-electron integrals and their graph, per pair of primitives and atom; measured.
+_BYTES_OF_PAIR = 700
 _MIN_GRID_BYTES = 16_000_000  # left for the grid where the integrals take nearly all
 
 
@@ -142,13 +146,14 @@ class Molecule:
                 yield x if isinstance(x, Exception) else next(found)
 
     def _n_together(self) -> int:
-        """Geometries whose integrals and values of functions on the grid fit the memory."""
+        """Geometries whose integrals, and values of functions on the grid, fit the memory."""
         limit, n_ao = int(self.settings.max_memory_mb * 1e6), self.basis.n_ao
-        each = integrals.eri_bytes(n_ao)
+        n_pair = shell_pairs(self.basis, self.device).exponent.shape[1]
+        each = integrals.eri_bytes(n_ao) + n_pair * (_BYTES_OF_PAIR * len(self.numbers) + 2000)
         if self._grid is not None:
             limit -= min(limit // 2, CHUNK_BYTES[self.device.type])
             each += 8 * len(self._grid) * (n_ao * (4 if self.functional.gradient else 1) + 1)
-        return max(1, limit // each)
+        return min(max(1, limit // each), _MOST)
 
     @torch.inference_mode(False)
     def _together(
