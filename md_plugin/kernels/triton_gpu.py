@@ -155,8 +155,10 @@ def _featsum(
 @triton.jit
 def _featsum_by_sender(
     env, sense, col_ptr, perm, receiver, features, n_nu, n_feat,
+    ALIGN_F: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    n_feat = n_feat // ALIGN_F * ALIGN_F
     j = tl.program_id(0).to(tl.int64)
     start = tl.load(col_ptr + j).to(tl.int64)
     end = tl.load(col_ptr + j + 1).to(tl.int64)
@@ -199,8 +201,12 @@ def tiles(
     """
     if name == "featsum_by_sender":
         block_nu = power_of_two(n_nu, 16, 32)
-        blocks = (32 // block_nu, block_nu, power_of_two(n_feat, 16, 64))
-        return dict(zip(("BLOCK_P", "BLOCK_NU", "BLOCK_F"), blocks, strict=True))
+        return {
+            "ALIGN_F": math.gcd(n_feat, 16),
+            "BLOCK_P": 32 // block_nu,
+            "BLOCK_NU": block_nu,
+            "BLOCK_F": power_of_two(n_feat, 16, 64),
+        }
     single = dtype == torch.float32
     wide = 64 if groups and single else 32
     block_p, most_nu, most_f = {
