@@ -130,7 +130,7 @@ def test_blocks_do_not_change_the_gradient(backend):
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "libcint"])
 def test_no_integral_of_libcint_is_called(backend, monkeypatch):
-    basis, x = system("LiH", "sto-3g")
+    basis, x = system("H2", "def2-svp")
     dm = random_density(basis)
 
     def refuse(*_, **__):

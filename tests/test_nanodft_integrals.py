@@ -4,6 +4,7 @@ import itertools
 import sys
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ pytest.importorskip("pyscf", reason="pyscf is not installed")
 
 from ase.build import molecule
 
+from md_plugin.kernels import BackendError
 from md_plugin.nanodft import integrals
 from md_plugin.nanodft.basis import Basis
 from md_plugin.nanodft.boys import boys
@@ -146,6 +148,7 @@ def test_integrals_above_the_memory_bound_are_refused_before_anything(monkeypatc
     "bad, message",
     [
         (torch.zeros(3, 3, dtype=torch.float32), "torch.float32"),
+        (np.zeros((3, 3)), "positions must be a torch.Tensor, got ndarray"),
         (torch.zeros(2, 3, dtype=torch.float64), r"\(2, 3\).*not \(\.\.\., 3, 3\)"),
         (torch.full((3, 3), torch.nan, dtype=torch.float64), "not finite"),
     ],
@@ -154,6 +157,21 @@ def test_positions_of_the_wrong_kind(bad, message):
     basis, _ = system("H2O", "sto-3g")
     with pytest.raises(ValueError, match=message):
         integrals.eri(basis.numbers, bad, basis)
+
+
+def test_names_of_a_basis_and_atoms_of_another():
+    basis, x = system("H2O", "sto-3g")
+    named = integrals.eri([8, 1, 1], x, "sto-3g", "torch")
+    assert torch.equal(named, integrals.eri(torch.tensor([8, 1, 1]), x, basis, "torch"))
+    with pytest.raises(ValueError, match=r"of atoms \[8, 1, 1\], not of \[8, 1\]"):
+        integrals.eri([8, 1], x, basis)
+    with pytest.raises(ValueError, match="atomic numbers must be integers"):
+        integrals.eri([8.0, 1.0, 1.0], x, "sto-3g")
+
+
+def test_devices_that_nanodft_does_not_know():
+    with pytest.raises(BackendError, match="nanodft computes on cpu and cuda, not on meta"):
+        integrals.get_backend("auto", "meta")
 
 
 # ---- basis ---------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ an argument of every integral, and a Basis serves a whole trajectory.
 from __future__ import annotations
 
 import math
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -65,11 +66,12 @@ class Basis:
             name: a basis set that PySCF knows, such as "sto-3g" or "6-31g".
 
         Raises:
+            ValueError: numbers that are no integers.
             UnsupportedSystem: unknown set, no data for an element, d shells or higher, general
                 contractions, elements beyond Ar, no atoms, more than 150 functions.
             ImportError: PySCF, which holds the data, is absent.
         """
-        return _build(tuple(int(z) for z in numbers), name)
+        return _build(integers(numbers), name)
 
     @property
     def n_atom(self) -> int:
@@ -80,6 +82,18 @@ class Basis:
         """The `pyscf.gto.Mole` at these positions (n_atom, 3) in bohr; charge and spin unset."""
         coordinates = positions.detach().cpu().numpy()
         return self._mole.set_geom_(coordinates, unit="Bohr", inplace=False)
+
+
+def integers(numbers: Iterable[Any]) -> tuple[int, ...]:
+    """Atomic numbers as integers.
+
+    Raises:
+        ValueError: they are none; fractions are not rounded.
+    """
+    try:
+        return tuple(operator.index(z) for z in numbers)
+    except TypeError as error:
+        raise ValueError(f"atomic numbers must be integers: {error}") from error
 
 
 def _pyscf_gto() -> Any:

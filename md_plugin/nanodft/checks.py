@@ -7,7 +7,7 @@ made. Settings are checked when they are made, molecules when they arrive.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -58,17 +58,20 @@ class Settings:
     max_memory_mb: float = 1024
 
     def __post_init__(self) -> None:
-        if not isinstance(self.charge, Integral):
+        if not _is_integer(self.charge):
             raise ValueError(f"charge must be an integer, got {self.charge!r}")
         get_functional(self.xc)
         if not isinstance(self.basis, str):
             raise ValueError(f"basis must be the name of a basis set, got {self.basis!r}")
         check_level(self.grid_level)
+        if not isinstance(self.grid_response, bool):
+            raise ValueError(f"grid_response must be True or False, got {self.grid_response!r}")
         get_backend(self.backend, choose_device(self.device))
         for name in ("conv_tol", "conv_tol_grad", "max_memory_mb"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
-        if not isinstance(self.max_cycle, Integral) or self.max_cycle < 1:
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if not _is_integer(self.max_cycle) or self.max_cycle < 1:
             raise ValueError(f"max_cycle must be a positive integer, got {self.max_cycle!r}")
 
     @property
@@ -80,6 +83,11 @@ class Settings:
             return name + charge
         without = "" if self.grid_response else ", no grid response"
         return f"{name}, grid level {self.grid_level}{without}{charge}"
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether it is an integer; True and False are answers to another question."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_numbers(numbers: ArrayLike) -> tuple[int, ...]:
@@ -107,7 +115,8 @@ def check_positions(positions: Any, n_atom: int) -> NDArray[np.float64]:
     """(n_atom, 3) positions in Å.
 
     Raises:
-        ValueError: wrong shape, not finite, atoms at the same place, or a tensor with a graph.
+        ValueError: wrong shape, no real numbers, not finite, atoms at the same place, or a tensor
+            with a graph.
     """
     if isinstance(positions, torch.Tensor):
         if positions.requires_grad:
@@ -116,7 +125,10 @@ def check_positions(positions: Any, n_atom: int) -> NDArray[np.float64]:
                 "take forces from the result and pass positions.detach()"
             )
         positions = positions.cpu().numpy()
-    x = np.array(positions, dtype=np.float64)
+    try:
+        x = np.asarray(positions).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"positions must be real numbers in Å: {error}") from error
     if x.shape != (n_atom, 3):
         raise ValueError(f"positions have shape {x.shape}, but {n_atom} atoms need ({n_atom}, 3)")
     if not np.isfinite(x).all():
@@ -151,9 +163,12 @@ def check_density(dm: Any, n_ao: int) -> torch.Tensor:
     """A density matrix to start from, (n_ao, n_ao) float64.
 
     Raises:
-        ValueError: wrong shape or dtype, or not finite.
+        ValueError: no matrix, wrong shape or dtype, not finite, or not symmetric.
     """
-    tensor = torch.as_tensor(dm)
+    try:
+        tensor = torch.as_tensor(dm)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"dm0 must be a matrix: {error}") from error
     if tensor.shape != (n_ao, n_ao) or tensor.dtype != torch.float64:
         raise ValueError(
             f"dm0 is {tuple(tensor.shape)} of {tensor.dtype}, but must be ({n_ao}, {n_ao}) of "
@@ -161,4 +176,6 @@ def check_density(dm: Any, n_ao: int) -> torch.Tensor:
         )
     if not bool(tensor.isfinite().all()):
         raise ValueError("dm0 is not finite")
+    if not torch.allclose(tensor, tensor.T, rtol=0.0, atol=1e-8 * float(tensor.abs().max())):
+        raise ValueError("dm0 is not symmetric, as density matrices are")
     return tensor.detach()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ class _LogShares(torch.autograd.Function):
 
 def check_level(level: int) -> None:
     """Raise ValueError unless there is a grid of that level."""
-    if level not in range(MAX_LEVEL + 1):
+    if not isinstance(level, Integral) or isinstance(level, bool) or not 0 <= level <= MAX_LEVEL:
         raise ValueError(f"grid_level must be an integer from 0 to {MAX_LEVEL}, got {level!r}")
 
 

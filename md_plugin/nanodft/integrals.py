@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.kernels.registry import BackendError, absence, inventory, triton_interpreted
-from md_plugin.nanodft.basis import Basis
+from md_plugin.nanodft.basis import Basis, integers
 from md_plugin.nanodft.one_electron import dipole, kinetic, nuclear, overlap
 
 __all__ = [
@@ -72,6 +72,8 @@ def get_backend(name: str, device: torch.device | str = "cpu") -> str:
         BackendError: unknown, absent, or unfit for the device; the message says what exists.
     """
     kind = torch.device(device).type
+    if kind not in AUTO_ORDER:
+        raise BackendError(f"nanodft computes on {' and '.join(AUTO_ORDER)}, not on {kind}")
     if name == "auto":
         return _auto(kind)
     if name not in BACKENDS:
@@ -113,9 +115,9 @@ def eri(
         BackendError: the backend cannot be had.
         ValueError, UnsupportedSystem: wrong positions; a basis that is not supported.
     """
-    name = get_backend(backend, positions.device)
     basis = _basis(numbers, basis)
     _check_positions(basis, positions)
+    name = get_backend(backend, positions.device)
     n, many = basis.n_ao, math.prod(positions.shape[:-2])
     need = many * eri_bytes(n)
     if need > max_memory_mb * MB:
@@ -163,9 +165,9 @@ def two_electron_gradient(
         ValueError: wrong shapes or dtypes, a density matrix that is not symmetric, hyb < 0.
         BackendError: the backend cannot be had.
     """
-    name = get_backend(backend, positions.device)
     basis = _basis(numbers, basis)
     _check_positions(basis, positions)
+    name = get_backend(backend, positions.device)
     expected = (*positions.shape[:-2], basis.n_ao, basis.n_ao)
     if dm.shape != expected or dm.dtype != torch.float64:
         raise ValueError(
@@ -216,12 +218,14 @@ def _basis(numbers: Sequence[int] | np.ndarray | Tensor, basis: Basis | str) -> 
     """
     if isinstance(basis, str):
         return Basis.build(numbers, basis)
-    if (given := tuple(int(z) for z in numbers)) != basis.numbers:
+    if (given := integers(numbers)) != basis.numbers:
         raise ValueError(f"the basis is of atoms {list(basis.numbers)}, not of {list(given)}")
     return basis
 
 
 def _check_positions(basis: Basis, positions: Tensor) -> None:
+    if not isinstance(positions, Tensor):
+        raise ValueError(f"positions must be a torch.Tensor, got {type(positions).__name__}")
     if positions.shape[-2:] != (basis.n_atom, 3) or positions.dtype != torch.float64:
         raise ValueError(
             f"positions are {tuple(positions.shape)} {positions.dtype}, "
@@ -275,7 +279,7 @@ def _absence(name: str) -> str:
 
 @cache
 def _auto(kind: str) -> str:
-    for name in AUTO_ORDER.get(kind, ("torch",)):
+    for name in AUTO_ORDER[kind]:
         if not _absence(name) and kind in _devices(name):
             logger.info("nanodft's backend 'auto' chose %r on %s", name, kind)
             return name

@@ -179,12 +179,12 @@ def _errors(
 ) -> tuple[ConvergenceError | None, ...]:
     """Of each geometry; active: it goes on changing, lost: it is not finite."""
     errors: list[ConvergenceError | None] = []
-    for k, goes_on in enumerate(active.tolist()):
+    columns = [column.tolist() for column in (active, lost, n_iter, *left)]
+    for goes_on, is_lost, cycle, change, residual in zip(*columns, strict=True):
         message = ""
-        if bool(lost[k]):
-            message = f"the energy is not finite in cycle {int(n_iter[k])}"
+        if is_lost:
+            message = f"the energy is not finite in cycle {cycle}"
         elif goes_on:
-            change, residual = (float(value[k]) for value in left)
             message = (
                 f"no convergence in {stop.max_cycle} cycles: the energy still changes by "
                 f"{change:.1e} Ha and the orbital gradient is {residual:.1e} Ha (wanted "
