@@ -25,6 +25,7 @@ from md_plugin import (
     bench_memory,
     bench_models,
     bench_nanodft,
+    bench_ranks,
     bench_scale,
 )
 from md_plugin.bench_core import Contest, Options, Row
@@ -41,6 +42,7 @@ CASES: dict[str, Callable[[Options], Iterator[Contest | Row]]] = {
     "memory": bench_memory.memory,
     "silver": bench_models.silver_case,
     "scale": bench_scale.scale,
+    "ranks": bench_ranks.ranks,
     "others": bench_lammps.others,
     "nanodft": bench_nanodft.nanodft,
 }

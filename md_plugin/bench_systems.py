@@ -55,7 +55,7 @@ def network(layers: int = 1, **changes: Any) -> Hipnn:
 def aluminium(n_atoms: int, seed: int = 1) -> Atoms:
     """Perturbed fcc aluminium, a cube of about n_atoms."""
     repeat = max(2, round((n_atoms / 4) ** (1 / 3)))
-    return _perturbed("Al", 4.05, (repeat,) * 3, seed)
+    return fcc("Al", 4.05, (repeat,) * 3, seed)
 
 
 def silver(n_atoms: int, seed: int = 1) -> Atoms:
@@ -63,12 +63,13 @@ def silver(n_atoms: int, seed: int = 1) -> Atoms:
     repeat = [2, 2, 2]
     while 4 * np.prod(repeat) < n_atoms:
         repeat[int(np.argmin(repeat))] += 1
-    atoms = _perturbed("Ag", 4.09, (repeat[0], repeat[1], repeat[2]), seed)
+    atoms = fcc("Ag", 4.09, (repeat[0], repeat[1], repeat[2]), seed)
     kept = np.random.default_rng(seed).permutation(len(atoms))[:n_atoms]
     return atoms[np.sort(kept)]
 
 
-def _perturbed(symbol: str, a: float, repeat: tuple[int, int, int], seed: int) -> Atoms:
+def fcc(symbol: str, a: float, repeat: tuple[int, int, int], seed: int) -> Atoms:
+    """Perturbed fcc: a box of so many cubic cells of side a (Å)."""
     atoms = bulk(symbol, "fcc", a=a, cubic=True) * repeat
     atoms.rattle(NOISE, seed=seed % 2**32)
     return atoms

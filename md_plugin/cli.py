@@ -102,6 +102,11 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--list", action="store_true", help="name the cases and end")
     bench.set_defaults(command=_bench)
 
+    scaling = commands.add_parser("scaling", help="fit and predict from what bench ranks measured")
+    scaling.add_argument("measured", type=Path, help="bench.json of: bench ranks -o FOLDER")
+    scaling.add_argument("-o", "--output", type=Path, required=True, help="folder of scaling.*")
+    scaling.set_defaults(command=_scaling)
+
 
 def _add_checks(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="what works on this machine, and why not")
@@ -199,6 +204,12 @@ def _bench(args: argparse.Namespace) -> None:
         kept=keep_freed_memory(),  # for all providers
     )
     run_bench(args.cases, options, args.output, thread_counts(args.threads))
+
+
+def _scaling(args: argparse.Namespace) -> None:
+    from md_plugin.bench_scaling import write
+
+    say("wrote " + ", ".join(map(str, write(args.measured, args.output))))
 
 
 def _backends(args: argparse.Namespace) -> None:

@@ -64,6 +64,7 @@ FLOORS = {
         "training_*",
         "bench",
         "bench_*",
+        "scaling",
         "demo",
         "demo_*",
         "nanodft",
@@ -72,7 +73,7 @@ FLOORS = {
     7: ("cli", "cli_*"),
 }
 LAZY_TO_LAMMPS = {"md_plugin.cli", "md_plugin.demo", "md_plugin.bench_lammps"}
-LAZY_TO_LAMMPS |= {"md_plugin.bench_race"}  # all of them in functions only
+LAZY_TO_LAMMPS |= {"md_plugin.bench_race", "md_plugin.bench_ranks"}  # all of them in functions only
 
 # Package -> where it may be imported. torch and numpy are everywhere above floor 0's tables.
 ROOMS = {
