@@ -157,8 +157,7 @@ class EngineGeometry:
         None where another pair style handles some types (on every rank alike), or rows are not
         atoms in their order, which takes `read_step`.
         """
-        rows = data.iatoms
-        if data.has_null or not np.array_equal(rows, np.arange(len(rows), dtype=rows.dtype)):
+        if data.has_null or not np.array_equal(data.iatoms, np.arange(len(data.iatoms))):
             return None
         if not np.array_equal(data.elems, self._elems):
             self._elems = data.elems.copy()
@@ -247,7 +246,7 @@ def write_results(data: Any, energy: float, atom_energy: Tensor, pair_gradient: 
 
 
 def write_sums(data: Any, energy: float, found: Evaluation, units: UnitStyle) -> None:
-    """Hands atom energies, forces and virial of fused inference to mliap/py.
+    """Hands atom energies, forces and virials of fused inference to mliap/py.
 
     Args:
         data: the data object of mliap/py.
@@ -256,11 +255,15 @@ def write_sums(data: Any, energy: float, found: Evaluation, units: UnitStyle) ->
         units: of LAMMPS.
     """
     assert found.sums is not None
-    forces, virial = found.sums
+    forces, virial, atom_virial = found.sums
     data.energy = energy
     data.eatoms = (found.atom_energy / units.energy).numpy()
     data.f += (forces.double() / units.force).numpy()
-    data.add_virial((virial.double() / units.energy).numpy())
+    data.add_virial((virial[0].double() / units.energy).numpy())
+    if atom_virial is not None and data.ntotal:
+        # xx yy zz xy xz yz
+        values = atom_virial[:, (0, 1, 2, 0, 0, 1), (0, 1, 2, 1, 2, 2)]
+        data.vatom[:] += (values.double() / units.energy).numpy()
 
 
 def write_centroid(data: Any, step: EngineStep, virial: Tensor) -> None:

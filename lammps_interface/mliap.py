@@ -261,8 +261,8 @@ class HipnnMLIAP(MLIAPUnified):
 
     def _compute_sums(self, data: Any) -> bool:
         """Positions in, forces out, nothing per pair; false where that is not to be had."""
-        per_atom = data.want_centroid or data.want_std or data.vatom is not None
-        if per_atom or self._geometry is None or self.potential.why_not_fused():
+        per_pair = data.want_centroid or data.want_std
+        if per_pair or self._geometry is None or self.potential.why_not_fused():
             return False
         step = self._geometry.read(data)
         if step is None:
@@ -274,6 +274,7 @@ class HipnnMLIAP(MLIAPUnified):
             species,
             geometry,
             halo=halo if self._state["n_exchanges"] else None,
+            per_atom=data.vatom is not None,
             results_on=host,
         )
         if found.sums is None:

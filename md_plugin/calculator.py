@@ -130,7 +130,7 @@ class HipnnCalculator(Calculator):
             self._species_there,
             self.neighbours.geometry(positions, atoms.cell[:]),
             forces=bool({"forces", "stress", "stresses"} & set(properties)),
-            per_pair="stresses" in properties,
+            per_atom="stresses" in properties,
             results_on=torch.device("cpu"),
         )
         _check_finite(result, order)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from md_plugin.evaluation import Evaluation
+from md_plugin.evaluation import Evaluation, Totals, Wanted
 from md_plugin.halo import Halo
 from md_plugin.pairs import Geometry, Pairs
 from md_plugin.potential import Potential
@@ -99,9 +99,9 @@ class Committee(Potential):
             member.graphs = graphs
 
     def _evaluate_fused(
-        self, species: Tensor, geometry: Geometry, halo: Halo | None, home: torch.device
+        self, species: Tensor, geometry: Geometry, halo: Halo | None, wanted: Wanted
     ) -> Evaluation | None:
-        each = [m._evaluate_fused(species, geometry, halo, home) for m in self.members]
+        each = [m._evaluate_fused(species, geometry, halo, wanted) for m in self.members]
         found = tuple(f for f in each if f is not None)
         if len(found) < len(each):
             return None
@@ -111,8 +111,13 @@ class Committee(Potential):
             None,
             geometry.pairs,
             found[0].r_ij,
+            found[0].structure,
             members=found,
-            sums=(_mean([f.forces for f in found]), _mean([f.virial for f in found])[0]),
+            sums=Totals(
+                _mean([f.forces for f in found]),
+                _mean([f.virial for f in found]),
+                _mean([f.atom_virial for f in found]),
+            ),
         )
 
     def why_not_fused(self) -> str:

@@ -14,12 +14,61 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from md_plugin.halo import MomentHalo
 from md_plugin.pairs import Pairs
+
+if TYPE_CHECKING:
+    from md_plugin.model.fusion import Fused
+
+
+class Wanted(NamedTuple):
+    """What fused inference is asked for beside energies of atoms, forces and the virial.
+
+    Attributes:
+        home: where results are to be.
+        structure: (n_recv,) structure of each atom; None for one structure.
+        n_structures: how many there are.
+        per_atom: whether virials of atoms are wanted.
+    """
+
+    home: torch.device
+    structure: Tensor | None = None
+    n_structures: int = 1
+    per_atom: bool = False
+
+    @property
+    def split(self) -> str:
+        """Of `md_plugin.model.fusion`: how far the virial has to be taken apart."""
+        return "atoms" if self.per_atom else "" if self.structure is None else "structures"
+
+    def evaluation(self, found: Fused, pairs: Pairs) -> Evaluation:
+        """What fused inference has found."""
+        energy, virial, none = found.atom_energy, found.virial[None], found.forces[:0]
+        structure = None if self.structure is None else self.structure.to(self.home)
+        if structure is not None and found.parts is not None:
+            virial = segment_sum(found.parts, structure, self.n_structures)
+        sums = Totals(found.forces, virial, found.parts if self.per_atom else None)
+        total = segment_sum(energy, structure, self.n_structures)
+        return Evaluation(total, energy, None, pairs, none, structure, sums=sums)
+
+
+class Totals(NamedTuple):
+    """What fused inference has added up.
+
+    Attributes:
+        forces: (n_send, 3) eV/Å.
+        virial: (n_structures, 3, 3) eV.
+        atom_virial: (n_send, 3, 3) eV; None where it was not asked for.
+    """
+
+    forces: Tensor
+    virial: Tensor
+    atom_virial: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +89,7 @@ class Evaluation:
         pair_moment: (n_pair, 3, 3) eV, sum_i (x_i - x_receiver)_a dE_i/dr_p,b; None where it was
             not asked for.
         members: what each member of a committee says; empty for a single model.
-        sums: forces (n_send, 3) and virial (3, 3) of fused inference.
+        sums: of fused inference.
     """
 
     energy: Tensor
@@ -51,13 +100,13 @@ class Evaluation:
     structure: Tensor | None = None
     pair_moment: Tensor | None = None
     members: tuple[Evaluation, ...] = ()
-    sums: tuple[Tensor, Tensor] | None = None
+    sums: Totals | None = None
 
     @cached_property
     def forces(self) -> Tensor | None:
         """(n_send, 3) eV/Å; rows of ghosts are to be added to their owners. Or None."""
         if self.sums is not None:
-            return self.sums[0]
+            return self.sums.forces
         if self.pair_gradient is None:
             return None
         return pair_forces_to_atoms(self.pair_gradient, self.pairs)
@@ -66,7 +115,7 @@ class Evaluation:
     def virial(self) -> Tensor | None:
         """(n_structures, 3, 3) eV, -sum_p r_p (x) g_p. Or None."""
         if self.sums is not None:
-            return self.sums[1][None]
+            return self.sums.virial
         if self.pair_gradient is None:
             return None
         if self.structure is None:
@@ -78,6 +127,8 @@ class Evaluation:
     @cached_property
     def atom_virial(self) -> Tensor | None:
         """(n_send, 3, 3) eV: half of each pair's -r (x) g to each of its atoms. Or None."""
+        if self.sums is not None:
+            return self.sums.atom_virial
         if self.pair_gradient is None:
             return None
         half = (-0.5 * self.r_ij[:, :, None] * self.pair_gradient[:, None, :]).flatten(1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from md_plugin.devices import choose_device
 from md_plugin.elements import symbols
-from md_plugin.evaluation import Evaluation, pair_moment, segment_sum
+from md_plugin.evaluation import Evaluation, Wanted, pair_moment, segment_sum
 from md_plugin.halo import Halo, MomentHalo, NoHalo
 from md_plugin.kernels.registry import get_backend
 from md_plugin.model.hipnn import Hipnn, HipnnSum
@@ -134,11 +134,13 @@ class Potential:
         geometry: Geometry,
         *,
         halo: Halo | None = None,
+        structure: Tensor | None = None,
+        n_structures: int = 1,
         forces: bool = True,
-        per_pair: bool = False,
+        per_atom: bool = False,
         results_on: torch.device | None = None,
     ) -> Evaluation:
-        """Evaluate one structure from positions and a list that may reach beyond the cutoff.
+        """Evaluate structures from positions and a list that may reach beyond the cutoff.
 
         Takes the fused path where there is one (see `why_not_fused`), which keeps nothing per pair.
         Nothing is checked here: see `check_species`.
@@ -147,18 +149,21 @@ class Potential:
             species: (n_send,) atomic numbers, local atoms then ghosts.
             geometry: positions and pairs, on any device.
             halo: makes features of ghosts known; None where there are no ghosts.
-            forces: whether to compute forces and virial.
-            per_pair: whether `pair_gradient` is needed, e.g. for virials of atoms.
+            structure, n_structures, forces: see `evaluate_pairs`.
+            per_atom: whether virials of atoms are needed.
             results_on: where the fused path puts results; None: where the positions are.
         """
-        if forces and not per_pair and not self.why_not_fused():
-            found = self._evaluate_fused(species, geometry, halo, results_on or geometry.x.device)
+        if forces and not self.why_not_fused():
+            home = results_on or geometry.x.device
+            wanted = Wanted(home, structure, n_structures, per_atom)
+            found = self._evaluate_fused(species, geometry, halo, wanted)
             if found is not None:
                 return found
         place = self._on_device(geometry)
         r_ij = place.r_ij()
         self.check_distances(r_ij)
-        return self.evaluate_pairs(species, place.pairs, r_ij, halo=halo, forces=forces)
+        which: dict[str, Any] = {"structure": structure, "n_structures": n_structures}
+        return self.evaluate_pairs(species, place.pairs, r_ij, halo=halo, forces=forces, **which)
 
     def _on_device(self, geometry: Geometry) -> Geometry:
         """The geometry where the network is; a list that stays the same is copied once."""
@@ -179,17 +184,16 @@ class Potential:
         return get_backend(self.model.backend, self.device).name
 
     def _evaluate_fused(
-        self, species: Tensor, geometry: Geometry, halo: Halo | None, home: torch.device
+        self, species: Tensor, geometry: Geometry, halo: Halo | None, wanted: Wanted
     ) -> Evaluation | None:
         """None where it is not finite, and no other rank waits: the other path finds out why."""
         place, species = self._on_device(geometry), species.to(self.device)
-        found = self._step().evaluate(species, place, halo).to(home)
+        found = self._step().evaluate(species, place, halo, wanted.split).to(wanted.home)
         finite, closest = found.summary()
         if halo is None and not finite:
             return None
         self._check_closest(closest)
-        energy, sums, none = found.atom_energy, (found.forces, found.virial), found.forces[:0]
-        return Evaluation(energy.sum()[None], energy, None, geometry.pairs, none, sums=sums)
+        return wanted.evaluation(found, geometry.pairs)
 
     def _step(self) -> FusedStep:
         """That of these weights, made anew where one of them has changed."""

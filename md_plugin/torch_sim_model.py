@@ -9,8 +9,7 @@ relaxation, automatic batches. It hands over a `SimState`; back go
 
 All systems are one disconnected set of pairs, whose list stays on the device: a step makes the
 host wait to hear whether the list still holds (and, in fused inference, whether the forces are
-finite). Fused inference gives the sum of all virials: where the stress of several systems is asked
-for, CPUs evaluate one after the other, each with a list of its own, and GPUs take the other path.
+finite). One system alone on a CPU has the list of the ASE calculator, along a space-filling curve.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ class HipnnModel(ModelInterface):
         potential: the potential.
         n_builds: how many neighbour lists were built.
         compute_forces, compute_stress: what `forward` returns besides the energy; both may be
-            set. NVE and Langevin need no stress; without it small systems on CPUs take a fraction
-            of the time.
+            set. NVE and Langevin need no stress, which takes some of the time on CPUs.
 
     Raises:
         CheckpointError: the model file is missing, damaged or too new.
@@ -76,7 +74,7 @@ class HipnnModel(ModelInterface):
         self.skin, self.n_builds = skin, 0
         self._device, self._dtype = self.potential.device, DTYPES[self.potential.dtype][0]
         self._compute_forces = self._compute_stress = True
-        self._lists: list[NeighbourList] = []
+        self._list = NeighbourList(self.potential.rcut, skin, ordered=True)
         self._species: Tensor | None = None  # that were checked
         self._fractional: Tensor | None = None  # coordinates, as if nothing had been wrapped
         self._batch = BatchList(self.potential.rcut, skin)
@@ -115,12 +113,10 @@ class HipnnModel(ModelInterface):
         """
         # torch-sim wraps positions in each step.
         systems, self._fractional = self._translate(state).near(self._fractional)
-        fused, alone = not self.potential.why_not_fused(), systems.n_systems == 1
-        on_host = self._device.type == "cpu"  # where systems have lists of their own
-        if fused and on_host and (self._compute_stress or alone):
-            energy, forces, virial = self._one_by_one(systems)
+        fused, on_host = not self.potential.why_not_fused(), self._device.type == "cpu"
+        if fused and on_host and systems.n_systems == 1:
+            energy, forces, virial = self._alone(systems)
         else:
-            fused = fused and (alone or not self._compute_stress)
             energy, forces, virial = self._together(systems, fused)
         found = {"energy": energy.to(self._dtype)}
         if self._compute_forces:
@@ -147,7 +143,7 @@ class HipnnModel(ModelInterface):
         )
 
     def _together(self, systems: Systems, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """All systems as one set of pairs -> energies, forces, virials (if fused, their sum)."""
+        """All systems as one set of pairs -> energies, forces and, if asked for, virials."""
         potential, neighbours, n = self.potential, self._batch, systems.n_systems
         if not neighbours.fits(systems):
             potential.check_species(systems.species)
@@ -159,50 +155,39 @@ class HipnnModel(ModelInterface):
             # Not in each step, where the host would wait for it.
             potential.check_distances(neighbours.geometry(systems).r_ij())
         geometry = neighbours.geometry(systems)
-        if fused and self._compute_forces and neighbours.n_translations <= MAX_TRANSLATIONS:
-            result = potential.evaluate_geometry(systems.species, geometry)
+        forces = self._compute_forces or self._compute_stress
+        structure = systems.system if n > 1 else None
+        if fused and forces and neighbours.n_translations <= MAX_TRANSLATIONS:
+            # Virials of systems cost a little; energies are added up in any case.
+            split = (structure, n) if self._compute_stress else (None, 1)
+            result = potential.evaluate_geometry(
+                systems.species, geometry, structure=split[0], n_structures=split[1]
+            )
             energy = segment_sum(result.atom_energy, systems.system, n)
-            return energy, _or_empty(result.forces), _or_empty(result.virial)
-        result = potential.evaluate_pairs(
-            systems.species,
-            geometry.pairs,
-            geometry.r_ij(),
-            structure=systems.system if n > 1 else None,
-            n_structures=n,
-            forces=self._compute_forces or self._compute_stress,
-        )
+        else:
+            result = potential.evaluate_pairs(
+                systems.species,
+                geometry.pairs,
+                geometry.r_ij(),
+                structure=structure,
+                n_structures=n,
+                forces=forces,
+            )
+            energy = result.energy
         virial = result.virial if self._compute_stress else None
-        return result.energy, _or_empty(result.forces), _or_empty(virial)
+        return energy, _or_empty(result.forces), _or_empty(virial)
 
-    def _one_by_one(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
-        """Each system by fused inference -> energies, forces, virials."""
+    def _alone(self, systems: Systems) -> tuple[Tensor, Tensor, Tensor]:
+        """One system by fused inference -> energy, forces and virial."""
         if self._species is None or not torch.equal(self._species, systems.species):
             self.potential.check_species(systems.species)
             self._species = systems.species.clone()
-        del self._lists[systems.n_systems :]
-        while len(self._lists) < systems.n_systems:
-            self._lists.append(NeighbourList(self.potential.rcut, self.skin, ordered=True))
-        sizes = systems.sizes()
-        species = torch.split(systems.species, sizes)
-        positions = torch.split(systems.positions.double(), sizes)
-        parts = zip(self._lists, species, positions, systems.cell.double(), strict=True)
-        energies, forces, virials = zip(*(self._one(*p, systems.pbc) for p in parts), strict=True)
-        return torch.cat(energies), torch.cat(forces), torch.cat(virials)
-
-    def _one(
-        self,
-        neighbours: NeighbourList,
-        species: Tensor,
-        positions: Tensor,
-        cell: Tensor,
-        pbc: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, h = positions.numpy(), cell.numpy()
-        self.n_builds += neighbours.update(x, h, pbc)
-        order = neighbours.order
+        x, h = systems.positions.double().numpy(), systems.cell[0].double().numpy()
+        self.n_builds += self._list.update(x, h, systems.pbc)
+        order = self._list.order
         result = self.potential.evaluate_geometry(
-            species if order is None else species[order],
-            neighbours.geometry(x, h),
+            systems.species if order is None else systems.species[order],
+            self._list.geometry(x, h),
             forces=self._compute_forces or self._compute_stress,
         )
         forces = _or_empty(result.forces)

@@ -227,6 +227,20 @@ def test_replays_follow_atoms_pairs_and_their_numbers(kind, monkeypatch):
     assert counts[-1] == (3, 3, 10)
 
 
+def test_recorded_steps_know_virials_of_structures_others_those_of_atoms(monkeypatch):
+    part = network()
+    recorder, (species, place) = TapeRecorder(monkeypatch), inputs(chain(9))
+    step = FusedStep([part], recorder, forced=True)
+    for split in ("structures", "", "structures"):
+        found, expected = (one.evaluate(species, place, None, split) for one in (step, part))
+        assert (found.parts is None) == (expected.parts is None) == (not split)
+        if split:
+            close(found.parts, expected.parts, atol=1e-12)
+            close(found.parts.sum(dim=0), found.virial, atol=1e-12)
+    assert step.evaluate(species, place, None, "atoms").parts.shape == (9, 3, 3)
+    assert (recorder.warm_ups, recorder.captures, recorder.replays) == (1, 1, 2)
+
+
 def test_a_step_moves_atoms_only(monkeypatch):
     """In a cell that changes; results of earlier steps stay as they were."""
     recorder, part = TapeRecorder(monkeypatch), network(order=1)

@@ -344,6 +344,26 @@ def test_closest_pair():
         assert run_tensor(where, table, q, g, False)[-1] == pytest.approx(closest)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_virials_of_atoms_add_up_on_any_number_of_threads(dtype):
+    """And forces and their sum stay what they are without them, to the last bit."""
+    where, _ = system(5, 31, 13, 900, True)
+    table = RadialTable.build(*radial_parameters(9, 4.0), 4.0, dtype)
+    rng, found = np.random.default_rng(0), []
+    z, ge = rng.normal(size=(44, 6)).astype(dtype), rng.normal(size=(31, 9, 6)).astype(dtype)
+    for n_thread in (1, 3):
+        with_atoms, without = (Gradients(44, 6, dtype, n_thread, k) for k in (True, False))
+        backward(where, table, z, ge, with_atoms)
+        backward(where, table, z, ge, without)
+        for ours, other in zip(with_atoms.total(), without.total(), strict=True):
+            np.testing.assert_array_equal(ours, other)
+        assert without.atom_virials.shape == (0, 3, 3)
+        found.append(with_atoms.atom_virials)
+        assert error(found[-1].sum(axis=0), with_atoms.total()[2]) < TOLERANCE[dtype]
+    assert np.abs(found[0]).max(axis=(1, 2)).min() > 0
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-13 * np.abs(found[0]).max())
+
+
 @pytest.mark.parametrize("n_thread", [1, 2])
 def test_empty_system(n_thread):
     nothing = np.empty(0, np.int32)

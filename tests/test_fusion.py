@@ -13,6 +13,7 @@ from model_helpers import STRUCTURES, make_model, make_potential, to_atoms
 from physics_suite import close
 from test_physics import BOXES, CountingHalo, Domains
 
+from md_plugin.batch_neighbours import BatchList, Systems
 from md_plugin.calculator import HipnnCalculator
 from md_plugin.committee import Committee
 from md_plugin.halo import IndexHalo
@@ -217,12 +218,58 @@ def test_others_go_over_pairs(make, reason):
             FusedHipnn(potential.model)
 
 
-def test_virials_of_atoms_go_over_pairs():
-    potential, structure = make_potential(), STRUCTURES["crystal"]()
+@pytest.mark.parametrize("network", ["order 0, 1 layers", "order 0, 2 layers", "order 1, 1 layers"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_virials_of_atoms(dtype, network):
+    """Half of each pair to each of its atoms, as the closed sums have it."""
+    potential, structure = make_potential(dtype, **NETWORKS[network]), STRUCTURES["slab"]()
     species, place = torch.from_numpy(structure.species), geometry(structure, potential.rcut)
-    found = potential.evaluate_geometry(species, place, per_pair=True)
-    assert found.sums is None
-    close(found.atom_virial.sum(dim=0), fused(potential, structure).virial[0], atol=1e-12)
+    found = potential.evaluate_geometry(species, place, per_atom=True)
+    assert found.sums is not None and found.atom_virial.shape == (len(species), 3, 3)
+    expected, relative = potential.evaluate(structure).atom_virial, TOLERANCE[dtype][0]
+    scale = float(expected.abs().max())
+    assert scale > 0.1 and float((expected - expected.mean(dim=0)).abs().max()) > 0.1 * scale
+    close(found.atom_virial, expected, atol=10 * relative * scale)
+    close(found.atom_virial.sum(dim=0), found.virial[0], atol=10 * relative * scale)
+    without = fused(potential, structure)
+    assert without.atom_virial is None and torch.equal(without.forces, found.forces)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_virials_of_atoms_of_ranks(order):
+    """Those of ghosts belong to their owners."""
+    settings = {"n_max": 2} if order == 3 else {}
+    potential = make_potential(order=order, **settings)
+    whole = potential.evaluate(BOXES["crystal"]())
+    domains = Domains(BOXES["crystal"](), (2, 1, 1), potential.rcut)
+    place, halo = Geometry(domains.x, domains.pairs), IndexHalo(domains.owner)
+    found = potential.evaluate_geometry(domains.species, place, halo=halo, per_atom=True)
+    assert found.sums is not None
+    close(domains.forces(found.atom_virial.flatten(1)), whole.atom_virial.flatten(1), atol=1e-10)
+
+
+def batch():
+    """Two crystals, of four atoms and of three."""
+    crystals = [STRUCTURES["crystal"](), STRUCTURES["triclinic"]()]
+    species = torch.from_numpy(np.concatenate([c.species for c in crystals]))
+    x = torch.from_numpy(np.concatenate([c.positions for c in crystals]))
+    cell = torch.from_numpy(np.stack([c.cell for c in crystals]))
+    return Systems(species, x, cell, torch.tensor([0] * 4 + [1] * 3), (True, True, True))
+
+
+@pytest.mark.parametrize("per_atom", [False, True])
+@pytest.mark.parametrize("order", [0, 2])
+def test_virials_of_structures(order, per_atom):
+    systems, potential = batch(), make_potential(order=order)
+    neighbours = BatchList(potential.rcut, 0.4)
+    neighbours.build(systems)
+    place, settings = neighbours.geometry(systems), {"structure": systems.system, "n_structures": 2}
+    expected = potential.evaluate_pairs(systems.species, place.pairs, place.r_ij(), **settings)
+    found = potential.evaluate_geometry(systems.species, place, per_atom=per_atom, **settings)
+    assert found.sums is not None and (found.atom_virial is not None) == per_atom
+    assert (expected.virial[0] - expected.virial[1]).abs().max() > 0.1
+    close(found.energy, expected.energy, rtol=1e-14)
+    close(found.virial, expected.virial, atol=1e-10)
 
 
 def test_no_second_derivatives():
@@ -251,14 +298,20 @@ def test_sums_and_committees():
     parts = make_model(order=1), make_model(seed=1, n_interactions=1, rcut=2.4, r_max=2.2)
     total = Potential(HipnnSum(parts), device="cpu", dtype="float64")
     close(fused(total, structure).forces, total.evaluate(structure).forces, atol=1e-11)
+    species, place = torch.from_numpy(structure.species), geometry(structure, total.rcut)
+    atoms = total.evaluate_geometry(species, place, per_atom=True).atom_virial
+    close(atoms, total.evaluate(structure).atom_virial, atol=1e-11)
     committee = Committee([make_potential(order=2), make_potential(seed=3)])
     found, expected = fused(committee, structure), committee.evaluate(structure)
     close(found.forces, expected.forces, atol=1e-11)
     close(found.virial, expected.virial, atol=1e-11)
+    atoms = committee.evaluate_geometry(species, place, per_atom=True)
+    want = torch.stack([member.atom_virial for member in expected.members]).mean(dim=0)
+    assert atoms.sums is not None
+    close(atoms.atom_virial, want, atol=1e-11)
     assert len(found.members) == 2 and all(m.sums is not None for m in found.members)
     mixed = Committee([make_potential(), make_potential(backend="torch")])
     assert "the backend is 'torch'" in mixed.why_not_fused()
-    species = torch.from_numpy(structure.species)
     found = mixed.evaluate_geometry(species, geometry(structure, mixed.rcut))
     close(found.forces, mixed.evaluate(structure).forces, atol=1e-11)
 

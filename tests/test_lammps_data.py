@@ -86,7 +86,8 @@ class ExchangingData(PlainData):
 
     list_count = 1
     want_centroid = want_std = False
-    vatom = ()  # wanted: virials of atoms are made of pairs
+    vatom = None
+    has_null = True  # another pair style may handle some types: the way over pairs, not positions
 
     @property
     def nlocal(self):

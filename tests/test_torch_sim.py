@@ -29,7 +29,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-10}  # float64, energies of some thousand eV
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "bincount")
 
-# torch: the sums; numba: fused inference, of each system where the stress is wanted, else of all.
+# torch: the sums; numba: fused inference.
 WAYS = [("torch", True), ("torch", False), ("numba", True), ("numba", False)]
 
 
@@ -168,7 +168,7 @@ def test_one_system_is_fused_with_its_stress_on_any_device():
     """What a GPU does, here on the CPU."""
     model = HipnnModel(make_potential(backend="numba"))
     systems = model._translate(to_state([to_atoms(triclinic())]))
-    for here, there in zip(model._together(systems, True), model._one_by_one(systems), strict=True):
+    for here, there in zip(model._together(systems, True), model._alone(systems), strict=True):
         torch.testing.assert_close(here, there, **EXACT)
 
 

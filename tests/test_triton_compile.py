@@ -86,7 +86,7 @@ import json, torch
 from triton_assembly import assembly, findings
 from md_plugin.kernels import triton_fused, triton_layer
 
-def compile(real, capability, n_comp, n_feat, shifted):
+def compile(real, capability, n_comp, n_feat, shifted, per_atom=False):
     dtype = torch.float32 if real == "fp32" else torch.float64
     for name in ("forward", "backward"):
         kernel = getattr(triton_layer, name + "_kernel")
@@ -96,12 +96,14 @@ def compile(real, capability, n_comp, n_feat, shifted):
         launch = ("num_warps", "num_stages", "enable_fp_fusion")
         options = {key: constants.pop(key) for key in launch}
         constants |= {"z" if n_feat < 16 else "species": None}
+        constants |= {"sent": None} if name == "backward" and not per_atom else {}
         if not shifted:
             constants |= {"translation": None, "translations": None}
         sizes = {"begin": 16, "n_nu": 20, "n_feat": n_feat}
         found = findings(assembly(kernel, real, capability, constants, sizes, options))
         row = {"kernel": f"{name} {real} sm_{capability} {n_comp} x 20 x {n_feat}"}
         row |= {"name": name, "capability": capability, "n_comp": n_comp, "one_hot": n_feat < 16}
+        row |= {"per_atom": per_atom}
         print(json.dumps(row | {"real": real} | found))
 
 compile("fp32", 90, 1, 4, True)
@@ -112,6 +114,8 @@ compile("fp64", 80, 1, 64, False)
 compile("fp64", 90, 4, 128, True)
 compile("fp32", 80, 9, 64, True)
 compile("fp32", 90, 9, 64, True)
+compile("fp32", 80, 1, 64, True, True)
+compile("fp32", 90, 4, 128, True, True)
 """
 
 
@@ -193,7 +197,7 @@ def test_sensitivities_compile_for_a100_and_h100(tmp_path):
 def test_fused_layers_compile_for_a100_and_h100(tmp_path):
     """Matrix instructions, 16 bytes at once to and from features, and nothing in local memory."""
     rows = [json.loads(line) for line in run_python(LAYERS, tmp_path).splitlines()]
-    assert len(rows) == 2 * 9
+    assert len(rows) == 2 * 11
     for row in rows:
         # A vector or quadrupole layer holds G of all components at once on the way back: with
         # triton 3.6 up to 56 and 104 bytes of that go to local memory, with 3.9 0 and 136.
@@ -210,7 +214,8 @@ def test_fused_layers_compile_for_a100_and_h100(tmp_path):
         assert row["one_hot"] or small or row["wide_load"] > 0, row
         # Forces, 3 of the sender and 3 of the receiver, and the message.
         scatters = row["name"] == "backward"
-        assert (row["add"] >= (6 if row["one_hot"] else 7)) == scatters, row
+        least = (6 if row["one_hot"] else 7) + 9 * row["per_atom"]
+        assert (row["add"] >= least) == scatters, row
         if scatters and not row["one_hot"] and row["real"] == "fp32" and row["capability"] == 90:
             assert row["wide_add"] > 0, row
 

@@ -14,7 +14,7 @@ from md_plugin.kernels import BackendError
 from md_plugin.model.fusion import FusedHipnn
 from md_plugin.model.hipnn import HipnnSum
 from md_plugin.neighbours import Structure
-from md_plugin.pairs import Geometry
+from md_plugin.pairs import Geometry, Pairs
 from md_plugin.potential import Potential
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,6 +67,27 @@ def test_ranks_equal_the_whole_box(order):
     close(found.energy, whole.energy, rtol=1e-13)
     close(domains.forces(found.forces), whole.forces, atol=1e-10)
     close(found.virial, whole.virial, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_virials_of_atoms_and_of_structures(order):
+    """Half of each pair to each of its atoms; structures take the rows of their receivers."""
+    potential, structure = potential_of(order=order), STRUCTURES["molecule"]()
+    species, place = torch.from_numpy(structure.species), geometry(structure, potential.rcut)
+    n, pairs = len(species), place.pairs
+    twice = torch.cat([pairs.receiver, pairs.receiver + n])
+    sender = torch.cat([pairs.sender_long, pairs.sender_long + n])
+    x = torch.cat([place.x, 1.001 * place.x + 50.0])
+    both = Geometry(x, Pairs.from_edges(twice, sender, 2 * n, 2 * n)[0])
+    split = {"structure": torch.arange(2 * n) // n, "n_structures": 2}
+    found = potential.evaluate_geometry(species.repeat(2), both, per_atom=True, **split)
+    expected = make_potential(backend="torch", order=order).evaluate_pairs(
+        species.repeat(2), both.pairs, both.r_ij(), **split
+    )
+    assert found.sums is not None
+    assert (expected.virial[0] - expected.virial[1]).abs().max() > 1e-3
+    close(found.virial, expected.virial, atol=1e-10)
+    close(found.atom_virial, expected.atom_virial, atol=1e-10)
 
 
 def test_blocks_of_atoms_are_the_same_as_all_at_once(monkeypatch):

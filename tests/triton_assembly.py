@@ -18,7 +18,7 @@ INTEGERS = {"translation": "*i16"}
 INTEGERS |= {n: "*i64" for n in ("receiver", "bra_pair", "bra_ao", "ket_pair", "ket_ao")}
 INTEGERS |= {n: "*i64" for n in ("bra_span", "bra_row", "ket_span", "ket_row")}
 INTEGERS |= {name: "*i32" for name in ("row_ptr", "sender", "col_ptr", "perm", "species")}
-DOUBLES = ("x", "translations", "forces", "virials")
+DOUBLES = ("x", "translations", "forces", "virials", "sent")
 
 
 def assembly(kernel, real, capability, constants, sizes, options):

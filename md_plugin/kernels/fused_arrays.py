@@ -83,25 +83,40 @@ class Gradients:
         n_feat: numbers per atom of the layer's input; 0 for a first layer.
         dtype: of the network.
         n_thread: buffers; results are bitwise reproducible for a fixed number.
+        per_atom: whether virials of atoms are wanted.
 
     Attributes:
         forces: (n_thread, n_send, 4) float64, the fourth unused.
         messages: (n_thread, n_send, n_feat), dE/dz.
         virials: (n_thread, 10) float64, the virial row by row and the smallest r^2 met.
+        of_atoms: (n_thread, n_send, 3, 4) float64, half of each pair's virial to each of its atoms,
+            the fourth column unused; (n_thread, 0, 3, 4) where they are not wanted.
     """
 
-    def __init__(self, n_send: int, n_feat: int, dtype: type = np.float32, n_thread: int = 1):
+    def __init__(
+        self,
+        n_send: int,
+        n_feat: int,
+        dtype: type = np.float32,
+        n_thread: int = 1,
+        per_atom: bool = False,
+    ):
         self.forces = np.zeros((n_thread, n_send, 4))
         self.messages = aligned_zeros((n_thread, n_send, n_feat), dtype)
         self.virials = np.zeros((n_thread, N_SUM))
         self.virials[:, -1] = np.inf
+        self.of_atoms = np.zeros((n_thread, n_send if per_atom else 0, 3, 4))
 
     def part(self, t: int) -> Gradients:
         """The buffers of thread t alone."""
         one = copy(self)
         one.forces, one.messages = self.forces[t : t + 1], self.messages[t : t + 1]
-        one.virials = self.virials[t : t + 1]
+        one.virials, one.of_atoms = self.virials[t : t + 1], self.of_atoms[t : t + 1]
         return one
+
+    def target(self, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the kernels of thread t add to, besides messages."""
+        return self.forces[t], self.virials[t], self.of_atoms[t]
 
     def total(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Forces (n_send, 3), dE/dz (n_send, n_feat) and virial (3, 3)."""
@@ -110,6 +125,12 @@ class Gradients:
         if len(self.messages) == 1:
             return forces, self.messages[0], virial
         return forces, self.messages.sum(axis=0), virial
+
+    @property
+    def atom_virials(self) -> np.ndarray:
+        """(n_send, 3, 3) float64; no rows where they are not wanted."""
+        atoms: np.ndarray = self.of_atoms[..., :3].sum(axis=0)
+        return atoms
 
     @property
     def closest(self) -> float:

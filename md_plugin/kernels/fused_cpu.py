@@ -10,6 +10,8 @@
 
     F[i] += g_p        F[j] -= g_p        virial -= r_p (x) g_p        g_p = dE/dr_p
 
+and, where they are asked for, virials of atoms: half of -r_p (x) g_p to i, half to j.
+
 A receiver's row of pairs is the unit of work: its radial functions are computed on the way.
 Receivers come in blocks, begin .. begin + n_block - 1, so that the tiles of a block stay in cache.
 
@@ -99,12 +101,11 @@ def backward(
         _check_senders(where, table, gradients.messages[0], ge.shape[2:])
 
     def work(t: int) -> None:
-        part = _part(begin, len(ge), t, n_thread)
-        forces, virial = gradients.forces[t], gradients.virials[t]
+        part, target = _part(begin, len(ge), t, n_thread), gradients.target(t)
         if z is None:
-            rows.backward_species_range(*given, ge, forces, virial, begin, *part)
+            rows.backward_species_range(*given, ge, target, begin, *part)
         else:
-            rows.backward_range(*given, z, ge, forces, gradients.messages[t], virial, begin, *part)
+            rows.backward_range(*given, z, ge, gradients.messages[t], target, begin, *part)
 
     share(work, n_thread)
 
@@ -165,8 +166,7 @@ def tensor_backward(
     def work(t: int) -> None:
         part = _part(begin, len(g), t, n_thread)
         dq = () if by_species else (messages[t].reshape(q.shape),)
-        target = gradients.forces[t], gradients.virials[t], dq
-        tensor_rows.tensor_backward_range(*given, *target, begin, *part)
+        tensor_rows.tensor_backward_range(*given, gradients.target(t), dq, begin, *part)
 
     share(work, n_thread)
 

@@ -1,7 +1,8 @@
-"""The end of a row in a backward pass: forces of both atoms of each pair, virial, closest pair.
+"""The end of a row in a backward pass: forces of both atoms of each pair, virials, closest pair.
 
-What is here emits IR. forces (n_send, 4) and sums (N_SUM,) are float64: the virial, row by row, and
-the smallest r^2.
+What is here emits IR. A target is what a row adds to, all float64: forces (n_send, 4); sums
+(N_SUM,), the virial, row by row, and the smallest r^2; virials (n_send, 3, 4) of atoms, half of
+each pair's -r (x) g to each of its two atoms; and whether these are wanted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from md_plugin.kernels.vector_ir import F64, I32, I64, Emitter, Value
 N_SUM = 10
 
 
-def radial_forces(row: Row, n: Value, i: Value, forces: Value, sums: Value) -> None:
+def radial_forces(row: Row, n: Value, i: Value, target: list[Value]) -> None:
     """Of pair forces dE/dr r_hat, from row GR."""
     e, b = row.e, row.e.builder
 
@@ -34,14 +35,14 @@ def radial_forces(row: Row, n: Value, i: Value, forces: Value, sums: Value) -> N
         return [*added, closest]
 
     xx, xy, xz, yy, yz, zz, closest = _over_pairs(row, n, 6, body)
-    _add_sums(row, [xx, xy, xz, xy, yy, yz, xz, yz, zz], closest, sums)
-    _scatter(row, n, i, forces, _along)
+    _add_sums(row, [xx, xy, xz, xy, yy, yz, xz, yz, zz], closest, target[1])
+    _scatter(row, n, i, target, _along)
 
 
-def tensor_forces(row: Row, n: Value, i: Value, targets: tuple[Value, Value], n_comp: int) -> None:
+def tensor_forces(row: Row, n: Value, i: Value, target: list[Value], n_comp: int) -> None:
     """Of pair forces dE/dr r_hat + (dE/dt - (dE/dt . r_hat) r_hat) / r, from `part`.
 
-    targets: forces and sums. Rows DCUT, DCUT + 1 and GR take the pair force.
+    Rows DCUT, DCUT + 1 and GR take the pair force.
     """
     e, b = row.e, row.e.builder
     rows = (DCUT, DCUT + 1, GR)
@@ -68,8 +69,8 @@ def tensor_forces(row: Row, n: Value, i: Value, targets: tuple[Value, Value], n_
         return [*added, closest]
 
     *virial, closest = _over_pairs(row, n, 9, body)
-    _add_sums(row, virial, closest, targets[1])
-    _scatter(row, n, i, targets[0], _stored)
+    _add_sums(row, virial, closest, target[1])
+    _scatter(row, n, i, target, _stored)
 
 
 def _unit_gradient(row: Row, p: Value, unit: list[Value], n_comp: int) -> list[Value]:
@@ -163,9 +164,10 @@ def _stored(row: Row, p: Value) -> Value:
     return g
 
 
-def _scatter(row: Row, n: Value, i: Value, forces: Value, pair_force: Any) -> None:
-    """F[i] += g_p, F[j] -= g_p."""
+def _scatter(row: Row, n: Value, i: Value, target: list[Value], pair_force: Any) -> None:
+    """F[i] += g_p, F[j] -= g_p; and, where they are wanted, virials of atoms."""
     e, b = row.e, row.e.builder
+    forces, _, virials, wanted = target
 
     def body(p: Value, before: list[Value]) -> list[Value]:
         g = pair_force(row, p)
@@ -176,3 +178,28 @@ def _scatter(row: Row, n: Value, i: Value, forces: Value, pair_force: Any) -> No
     (mine,) = e.loop(I64(0), n, 1, [ir.Constant(e.quad(F64), None)], body)
     address = e.at(forces, b.shl(i, I64(2)), F64)
     e.store(b.fadd(e.load_quad(address, F64), mine), address)
+    with e.when(b.icmp_signed("!=", wanted, I64(0))):
+        _scatter_virials(row, n, i, virials, pair_force)
+
+
+def _scatter_virials(row: Row, n: Value, i: Value, virials: Value, pair_force: Any) -> None:
+    """W[i] -= r_p (x) g_p / 2, W[j] -= r_p (x) g_p / 2."""
+    e, b = row.e, row.e.builder
+    quad = e.quad(F64)
+    half = ir.Constant(quad, [0.5] * 4)
+
+    def subtract(atom: Value, lines: list[Value]) -> None:
+        for a, line in enumerate(lines):
+            address = e.at(virials, b.add(b.mul(atom, I64(12)), I64(4 * a)), F64)
+            e.store(b.fsub(e.load_quad(address, F64), line), address)
+
+    def body(p: Value, before: list[Value]) -> list[Value]:
+        g = b.fmul(half, pair_force(row, p))
+        r = e.load_quad(e.at(row.pairs, b.shl(p, I64(2))))
+        if e.size == 4:
+            r = b.fpext(r, quad)
+        lines = [b.fmul(e.shuffle(r, r, [a] * 4), g) for a in range(3)]
+        subtract(sender_of(row, p), lines)
+        return [b.fadd(x, y) for x, y in zip(before, lines, strict=True)]
+
+    subtract(i, e.loop(I64(0), n, 1, [ir.Constant(quad, None)] * 3, body))

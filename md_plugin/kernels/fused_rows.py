@@ -50,11 +50,12 @@ def forward_range(table, where, z, env, begin, first, last):  # type: ignore[no-
 
 
 @_jit
-def backward_range(table, where, z, ge, forces, dz, sums, begin, first, last):  # type: ignore[no-untyped-def]
-    """Add to forces, dz and sums."""
+def backward_range(table, where, z, ge, dz, target, begin, first, last):  # type: ignore[no-untyped-def]
+    """Add to dz and the target: forces, sums, virials of atoms."""
     n_row = 2 * ge.shape[1], 1
     space = space_of(table, where, (first, last), ge.shape[1:], n_row, N_BIN, 0)
-    backward_rows(table, where, space, (z, ge, forces, dz, sums, begin, first, last))
+    wanted = (len(target[2]),)
+    backward_rows(table, where, space, target + wanted, (z, ge, dz, begin, first, last))
 
 
 @_jit
@@ -66,8 +67,9 @@ def forward_species_range(table, where, env, begin, first, last):  # type: ignor
 
 
 @_jit
-def backward_species_range(table, where, ge, forces, sums, begin, first, last):  # type: ignore[no-untyped-def]
-    """Add to forces and sums."""
+def backward_species_range(table, where, ge, target, begin, first, last):  # type: ignore[no-untyped-def]
+    """Add to the target: forces, sums, virials of atoms."""
     n_key = N_BIN * ge.shape[2]
     space = space_of(table, where, (first, last), ge.shape[1:], (0, 0), n_key, 1)
-    backward_species_rows(table, where, space, (ge, forces, sums, begin, first, last))
+    wanted = (len(target[2]),)
+    backward_species_rows(table, where, space, target + wanted, (ge, begin, first, last))

@@ -50,10 +50,12 @@ def forward_rows(e: Emitter, table: Group, where: Group, space: Group, layer: Gr
 
 
 @microkernel
-def backward_rows(e: Emitter, table: Group, where: Group, space: Group, layer: Group) -> None:
-    """Add to forces, dz and sums; layer: z, ge, forces, dz, sums, begin, first, last."""
+def backward_rows(
+    e: Emitter, table: Group, where: Group, space: Group, target: Group, layer: Group
+) -> None:
+    """Add to dz and the target (see `fused_forces`); layer: z, ge, dz, begin, first, last."""
     row = Row(e, *table, *where, *space)
-    z, ge, forces, dz, sums, *span = layer
+    z, ge, dz, *span = layer
 
     def body(i: Value, at: Value, n: Value) -> None:
         radial(row, e.builder.add(n, I64(1)), slopes=True)
@@ -61,7 +63,7 @@ def backward_rows(e: Emitter, table: Group, where: Group, space: Group, layer: G
         mine = e.at(ge, at)
         each_tile(row, lambda tile: _pairs_tile(tile, mine, z, dz, n))
         _radial_gradient(row, n)
-        radial_forces(row, n, i, forces, sums)
+        radial_forces(row, n, i, target)
 
     each_row(row, span, e.builder.mul(row.n_nu, row.n_feat), body)
 
@@ -83,17 +85,17 @@ def forward_species_rows(
 
 @microkernel
 def backward_species_rows(
-    e: Emitter, table: Group, where: Group, space: Group, layer: Group
+    e: Emitter, table: Group, where: Group, space: Group, target: Group, layer: Group
 ) -> None:
-    """Add to forces and sums; layer: ge, forces, sums, begin, first, last."""
+    """Add to the target, see `fused_forces`; layer: ge, begin, first, last."""
     row = Row(e, *table, *where, *space)
-    ge, forces, sums, *span = layer
+    ge, *span = layer
 
     def body(i: Value, at: Value, n: Value) -> None:
         radial(row, n, slopes=True)
         _clear_gradient(row, n)
         _each_species(row, e.at(ge, at), lambda *one: _count_slope(row, *one))
-        radial_forces(row, n, i, forces, sums)
+        radial_forces(row, n, i, target)
 
     each_row(row, span, e.builder.mul(row.n_nu, row.n_feat), body)
 

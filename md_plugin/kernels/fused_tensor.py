@@ -54,12 +54,12 @@ def tensor_forward_rows(
 def tensor_backward_rows(
     e: Emitter, table: Group, where: Group, space: Group, n_comp: int, layer: Group
 ) -> None:
-    """Add to forces, dq and sums; layer: q, g, forces, sums, dq, begin, first, last.
+    """Add to the target and dq; layer: target (see `fused_forces`), q, g, dq, begin, first, last.
 
     Without dq, q is of species.
     """
     row = Row(e, *table, *where, *space)
-    q, g, forces, sums, *dq = layer[:-3]
+    target, (q, g, *dq) = layer[:4], layer[4:-3]
 
     def body(i: Value, at: Value, n: Value) -> None:
         radial(row, n, slopes=True)
@@ -68,7 +68,7 @@ def tensor_backward_rows(
         _components(row, n, n_comp)
         mine = e.at(g, at)
         each_tile(row, lambda tile: _gradient_tile(tile, mine, [q, *dq], n, n_comp))
-        tensor_forces(row, n, i, (forces, sums), n_comp)
+        tensor_forces(row, n, i, target, n_comp)
 
     each_row(row, layer[-3:], e.builder.mul(row.n_feat, I64(n_comp)), body)
 

@@ -31,9 +31,9 @@ def tensor_forward_range(table, where, q, m, comps, shared, begin, first, last):
 
 @_jit
 def tensor_backward_range(  # type: ignore[no-untyped-def]
-    table, where, q, g, comps, forces, sums, dq, begin, first, last
+    table, where, q, g, comps, target, dq, begin, first, last
 ):
-    """Add to forces, sums and dq."""
+    """Add to dq and the target: forces, sums, virials of atoms."""
     space = tensor_space(table, where, q, comps, first, last)
-    layer = (q, g, forces, sums) + dq + (begin, first, last)
+    layer = target + (len(target[2]), q, g) + dq + (begin, first, last)
     tensor_backward_rows(table, where, space, comps, layer)

@@ -81,19 +81,23 @@ class Gradients:
         where: positions and pairs.
         n_feat: features of the layer's input; 0 for a first layer.
         dtype: of the network.
+        per_atom: whether virials of atoms are wanted.
 
     Attributes:
         forces: (n_send, 3) float64.
         messages: (n_send, n_feat), dE/dz.
         sums: (n_recv, 10) float64, virial and closest distance of each receiver.
+        sent: (n_send, 9) float64, half of the virial of each sender's pairs; None where virials of
+            atoms are not wanted.
     """
 
-    def __init__(self, where: Geometry, n_feat: int, dtype: torch.dtype):
+    def __init__(self, where: Geometry, n_feat: int, dtype: torch.dtype, *, per_atom: bool = False):
         n_recv = len(where.row_ptr) - 1
         self.forces = torch.zeros_like(where.x)
         self.messages = where.x.new_zeros(len(where.x), n_feat, dtype=dtype)
         self.sums = where.x.new_zeros(n_recv, N_SUM)
         self.sums[:, -1] = math.inf
+        self.sent = where.x.new_zeros(len(where.x), 9) if per_atom else None
 
     def for_layer(self, n_feat: int) -> Gradients:
         """Messages of its own; the same forces and sums."""
@@ -106,9 +110,23 @@ class Gradients:
         return self
 
     @property
+    def row_virials(self) -> Tensor:
+        """(n_recv, 3, 3) of each receiver's pairs."""
+        return self.sums[:, :9].view(-1, 3, 3)
+
+    @property
     def virial(self) -> Tensor:
         """(3, 3)."""
-        return self.sums[:, :9].sum(dim=0).reshape(3, 3)
+        return self.row_virials.sum(dim=0)
+
+    @property
+    def atom_virials(self) -> Tensor | None:
+        """(n_send, 3, 3), half of each pair's virial to each of its atoms; None if not wanted."""
+        if self.sent is None:
+            return None
+        atoms = self.sent.reshape(-1, 3, 3).clone()
+        atoms[: len(self.sums)] += 0.5 * self.row_virials
+        return atoms
 
     @property
     def closest(self) -> Tensor:
@@ -187,7 +205,7 @@ def backward(
         with on_device(ge):
             backward_kernel[(n_block,)](
                 *where, z, radial.table, ge, gradients.forces, gradients.messages, gradients.sums,
-                begin, n_nu, n_feat, **chosen,
+                gradients.sent, begin, n_nu, n_feat, **chosen,
             )  # fmt: skip
 
 

@@ -173,14 +173,23 @@ def _row_sums(tiles, weight):
 
 
 @triton.jit
+def _send_virial(sent, j, felt, d, g_p):
+    """Adds -r (x) g / 2 to the virials of the senders."""
+    for a in tl.static_range(3):
+        for b in tl.static_range(3):
+            half = d[a].to(tl.float64) * g_p[b].to(tl.float64) * -0.5
+            tl.atomic_add(sent + j * 9 + 3 * a + b, half, mask=felt, sem="relaxed")
+
+
+@triton.jit
 def backward_kernel(
     x, row_ptr, sender, translation, translations, species, z, table, ge, forces, messages, sums,
-    begin, n_nu, n_feat,
+    sent, begin, n_nu, n_feat,
     RCUT: tl.constexpr, END: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     N_COMP: tl.constexpr, ALIGN: tl.constexpr, NU_BLOCKS: tl.constexpr, F_BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Adds to forces, messages and the row of sums of one receiver."""
+    """Adds to forces, messages, the row of sums of one receiver and, unless None, to sent."""
     n_feat = n_feat // ALIGN * ALIGN
     row = tl.program_id(0).to(tl.int64)
     i = begin + row
@@ -217,6 +226,8 @@ def backward_kernel(
         g_p = pair_force(found, unit, q, N_COMP)
         for k in tl.static_range(3):
             tl.atomic_add(forces + j * 3 + k, -g_p[k].to(tl.float64), mask=felt, sem="relaxed")
+        if sent is not None:
+            _send_virial(sent, j, felt, d, g_p)
         force = added(force, g_p)
         virial = add_products(virial, d, g_p)
         least = tl.minimum(least, tl.where(felt, r, float("inf")))

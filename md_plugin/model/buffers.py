@@ -125,11 +125,15 @@ class Buffers:
         buffer[n_to:].zero_()
         return buffer
 
-    def cut(self, found: Fused) -> Fused:
-        """A copy of what belongs to atoms that are there."""
+    def cut(self, found: Fused, split: str = "") -> Fused:
+        """A copy of what belongs to atoms that are there; of parts of the virial where wanted."""
         assert self.pairs is not None
-        energy, forces = found.atom_energy[: self.pairs.n_recv], found.forces[: self.pairs.n_send]
-        return Fused(*(t.clone() for t in (energy, forces, found.virial, found.closest)))
+        n_recv = self.pairs.n_recv
+        energy, forces = found.atom_energy[:n_recv], found.forces[: self.pairs.n_send]
+        given = [energy, forces, found.virial, found.closest]
+        if split and found.parts is not None:
+            given.append(found.parts[:n_recv])
+        return Fused(*(tensor.clone() for tensor in given))
 
 
 def _kind(geometry: Geometry, halo: Halo | None) -> tuple[bool, bool]:

@@ -90,16 +90,21 @@ class FusedStep:
         self._too_many: float = float("inf")  # atoms, for which launches do not matter
 
     @torch.no_grad()
-    def evaluate(self, species: Tensor, geometry: Geometry, halo: Halo | None = None) -> Fused:
+    def evaluate(
+        self, species: Tensor, geometry: Geometry, halo: Halo | None = None, split: str = ""
+    ) -> Fused:
         """See `FusedHipnn.evaluate`; nothing of what comes back is written again.
+
+        Virials of atoms are not recorded: they are rarely wanted, and cost more than launches.
 
         Raises:
             RuntimeError: the positions ask for a derivative, or recording failed.
             ValueError: ghosts, several layers, and no halo.
         """
         n_recv = geometry.pairs.n_recv
-        if self.recorder is None or n_recv >= self._too_many or geometry.x.requires_grad:
-            return self._as_it_is(species, geometry, halo)
+        plain = self.recorder is None or n_recv >= self._too_many or split == "atoms"
+        if plain or geometry.x.requires_grad:
+            return self._as_it_is(species, geometry, halo, split)
         if halo is None and any(len(part.layers) > 1 for part in self.parts):
             check_filled(geometry.x[:n_recv], geometry.pairs)
         buffers = self._buffers
@@ -109,19 +114,24 @@ class FusedStep:
             self._pieces, self._warm = [], False
         buffers.fill(species, geometry)
         if self._pieces:
-            return buffers.cut(self._replay(buffers, halo))
+            return buffers.cut(self._replay(buffers, halo), split)
         if not self._warm:
-            return buffers.cut(self._warm_up(buffers, halo))
+            return buffers.cut(self._warm_up(buffers, halo), split)
         recorded = self._record(buffers, halo)
-        return buffers.cut(recorded) if recorded else self._as_it_is(species, geometry, halo)
+        if recorded is None:
+            return self._as_it_is(species, geometry, halo, split)
+        return buffers.cut(recorded, split)
 
-    def _as_it_is(self, species: Tensor, geometry: Geometry, halo: Halo | None) -> Fused:
-        return total([part.evaluate(species, geometry, halo) for part in self.parts])
+    def _as_it_is(
+        self, species: Tensor, geometry: Geometry, halo: Halo | None, split: str
+    ) -> Fused:
+        return total([part.evaluate(species, geometry, halo, split) for part in self.parts])
 
     def _segments(self, buffers: Buffers) -> Segments:
         found = []
         for part in self.parts:
-            found.append((yield from part.segments(buffers.species, buffers.geometry)))
+            segments = part.segments(buffers.species, buffers.geometry, split="structures")
+            found.append((yield from segments))
         return total(found)
 
     def _run(

@@ -49,13 +49,14 @@ class DeviceEngine:
         images = g.translation, g.translations.double().contiguous()
         return triton_fused.Geometry(x, *rows, *images, species)
 
-    def gradients(self, where: Any, dtype: torch.dtype, n_thread: int) -> Any:
+    def gradients(self, where: Any, dtype: torch.dtype, n_thread: int, split: str) -> Any:
         """See `fused_sums.Engine`."""
-        return triton_fused.Gradients(where, 0, dtype)
+        return triton_fused.Gradients(where, 0, dtype, per_atom=split == "atoms")
 
-    def results(self, found: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """See `fused_sums.Engine`."""
-        return found.forces, found.virial, found.closest
+    def results(self, found: Any, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `fused_sums.Engine`. Rows of receivers are there in any case."""
+        halves = {"": None, "structures": found.row_virials, "atoms": found.atom_virials}
+        return found.forces, found.virial, found.closest, halves[split]
 
     def sums(self, interaction: Any, is_first: bool) -> Sums:
         """See `fused_sums.Engine`."""

@@ -86,7 +86,7 @@ def _sink(found: Any, width: int) -> Any:
     """Gradients with messages of their own, and the forces and virial of `found`."""
     n_thread, n_send, _ = found.forces.shape
     sink = fused_cpu.Gradients(0, 0, found.messages.dtype.type, n_thread)
-    sink.forces, sink.virials = found.forces, found.virials
+    sink.forces, sink.virials, sink.of_atoms = found.forces, found.virials, found.of_atoms
     sink.messages = fused_cpu.aligned_zeros((n_thread, n_send, width), found.messages.dtype.type)
     return sink
 
@@ -128,12 +128,12 @@ class Engine(Protocol):
         """What the kernels read of atoms and pairs; species (n_send,) int32, as indices."""
         ...
 
-    def gradients(self, where: Any, dtype: torch.dtype, n_thread: int) -> Any:
-        """What forces and virial of all layers are added to."""
+    def gradients(self, where: Any, dtype: torch.dtype, n_thread: int, split: str) -> Any:
+        """What forces and virials of all layers are added to."""
         ...
 
-    def results(self, found: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Forces (n_send, 3), virial (3, 3) and the distance () of the closest pair."""
+    def results(self, found: Any, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Forces, virial, distance of the closest pair, parts of the virial; as in `Fused`."""
         ...
 
     def sums(self, interaction: Any, is_first: bool) -> Sums:
@@ -161,15 +161,16 @@ class CpuEngine:
             species.numpy(),
         )
 
-    def gradients(self, where: Any, dtype: torch.dtype, n_thread: int) -> Any:
+    def gradients(self, where: Any, dtype: torch.dtype, n_thread: int, split: str) -> Any:
         """See `Engine`."""
-        return fused_cpu.Gradients(len(where.x), 0, _numpy(dtype), n_thread)
+        return fused_cpu.Gradients(len(where.x), 0, _numpy(dtype), n_thread, bool(split))
 
-    def results(self, found: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def results(self, found: Any, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `Engine`."""
         forces, _, virial = found.total()
         closest = torch.tensor(found.closest, dtype=torch.float64)
-        return torch.from_numpy(forces), torch.from_numpy(virial), closest
+        parts = torch.from_numpy(found.atom_virials) if split else None
+        return torch.from_numpy(forces), torch.from_numpy(virial), closest, parts
 
     def sums(self, interaction: Any, is_first: bool) -> Sums:
         """See `Engine`."""

@@ -42,16 +42,19 @@ class Fused:
         forces: (n_send, 3) float64, eV/Å; rows of ghosts belong to their owners.
         virial: (3, 3) float64, eV.
         closest: () distance of the closest pair, Å; infinite where there is none.
+        parts: virials of atoms, (n_recv or n_send, 3, 3) float64, eV, or None; see `split`.
     """
 
     atom_energy: Tensor
     forces: Tensor
     virial: Tensor
     closest: Tensor
+    parts: Tensor | None = None
 
     def to(self, device: torch.device) -> Fused:
         """The same on another device, in one copy."""
-        return Fused(*moved((self.atom_energy, self.forces, self.virial, self.closest), device))
+        given = (self.atom_energy, self.forces, self.virial, self.closest, self.parts)
+        return Fused(*moved([tensor for tensor in given if tensor is not None], device))
 
     def summary(self) -> tuple[bool, float]:
         """Whether all forces are finite, and `closest`: the host asks a device once."""
@@ -103,11 +106,13 @@ def total(parts: Sequence[Fused]) -> Fused:
     """Of a sum of networks."""
     first, *others = parts
     for other in others:
+        a, b = first.parts, other.parts
         first = Fused(
             first.atom_energy + other.atom_energy,
             first.forces + other.forces,
             first.virial + other.virial,
             torch.minimum(first.closest, other.closest),
+            None if a is None or b is None else a + b,
         )
     return first
 
@@ -150,7 +155,9 @@ class FusedHipnn:
         self.work = 2 * sums + 3 * matrices
 
     @torch.no_grad()
-    def evaluate(self, species: Tensor, geometry: Geometry, halo: Halo | None = None) -> Fused:
+    def evaluate(
+        self, species: Tensor, geometry: Geometry, halo: Halo | None = None, split: str = ""
+    ) -> Fused:
         """Energies, forces and virial.
 
         Args:
@@ -158,6 +165,8 @@ class FusedHipnn:
             geometry: positions and pairs on the network's device; pairs beyond the cutoff are
                 skipped.
             halo: makes features of ghosts known; None where there are no ghosts.
+            split: "": the virial as one; "structures": virials of atoms that add up to that of
+                each structure; "atoms": half of each pair's to each of its atoms, (n_send, 3, 3).
 
         Raises:
             RuntimeError: the positions ask for a derivative.
@@ -171,10 +180,12 @@ class FusedHipnn:
         with one_thread() as available:
             n_thread = max(1, min(available, geometry.pairs.n_recv // ATOMS_PER_THREAD))
             n_thread = n_thread if self.engine.threads else 1
-            segments = self.segments(species, geometry, n_thread)
+            segments = self.segments(species, geometry, n_thread, split)
             return run(segments, halo or NoHalo(), geometry.pairs)
 
-    def segments(self, species: Tensor, geometry: Geometry, n_thread: int = 1) -> Segments:
+    def segments(
+        self, species: Tensor, geometry: Geometry, n_thread: int = 1, split: str = ""
+    ) -> Segments:
         """The same in segments, between which ghosts hear of features and tell of gradients.
 
         Whoever runs them does so without autograd.
@@ -184,7 +195,8 @@ class FusedHipnn:
         z: list[Tensor] = [self.model.encoder[species.long()]]
         energy = self.model.reference_energy(species[:n_recv])
         energy += self.model.readouts[0](z[0][:n_recv])[:, 0].double()
-        step = _Step(where, energy, self.engine.gradients(where, z[0].dtype, n_thread), n_thread)
+        found = self.engine.gradients(where, z[0].dtype, n_thread, split)
+        step = _Step(where, energy, found, n_thread)
         mixed: list[Tensor | None] = []
         for layer in self.layers[:-1]:
             kept, features = layer.forward(step, z[-1])
@@ -196,7 +208,7 @@ class FusedHipnn:
             along, sent = self.layers[k].backward(step, z[k], mixed[k], gradient)
             if k > 0:
                 gradient = (yield Exchange(sent, back=True)) + along
-        return Fused(energy, *self.engine.results(step.found))
+        return Fused(energy, *self.engine.results(found, split))
 
 
 def _engine(model: Hipnn, backend: str) -> Engine:

@@ -145,7 +145,8 @@ def _forward(where: Any, radial: Any, z: Tensor | None, env: Tensor) -> tuple[Te
 def _backward(
     step: FusedHipnn, where: Any, radial: Any, z: Tensor | None, ge: Tensor
 ) -> tuple[Tensor, ...]:
-    found = step.engine.gradients(where, ge.dtype, 1).for_layer(0 if z is None else ge.shape[3])
+    found = step.engine.gradients(where, ge.dtype, 1, "")
+    found = found.for_layer(0 if z is None else ge.shape[3])
     triton_fused.backward(where, radial, z, ge, found)
     return (
         (found.forces, found.virial) if z is None else (found.forces, found.virial, found.messages)
