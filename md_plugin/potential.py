@@ -13,6 +13,7 @@ in float64 in every mode.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -54,10 +55,10 @@ class Potential:
 
     Attributes:
         graphs: whether fused steps on a GPU are recorded in CUDA graphs: "auto" does so where it
-            pays, "always", "never"; see `md_plugin.model.device_step`.
+            pays, "always", "never"; see `md_plugin.model.device_step`. MD_PLUGIN_GRAPHS sets it.
     """
 
-    graphs = "auto"
+    graphs: str
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class Potential:
         self._warned_close = False
         self._moved: tuple[Pairs, Geometry] | None = None  # the last list; on the device
         self._fused: tuple[Any, FusedStep] | None = None
+        self.graphs = os.environ.get("MD_PLUGIN_GRAPHS") or "auto"
 
     @property
     def species(self) -> tuple[int, ...]:

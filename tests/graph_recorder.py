@@ -14,7 +14,11 @@ from torch.utils._pytree import tree_leaves
 from md_plugin.model.radial import tensor_components
 
 LAUNCHES = ("forward", "backward")  # of md_plugin.kernels.triton_fused
-RCUT = 3.0
+
+
+def _rcut(radial):
+    """Where pairs of these tests end, and the cutoff: on the device, or not."""
+    return float(radial.limits[0]) if hasattr(radial, "limits") else radial.rcut
 
 
 def _rows(where, radial, z, shape, begin, d=None):
@@ -28,21 +32,21 @@ def _rows(where, radial, z, shape, begin, d=None):
         if where.translation is not None:
             shift = where.translations[where.translation[p].long()]
         d = where.x[j] - where.x[begin + i] + shift
-        near = torch.linalg.vector_norm(d, dim=1) < RCUT
+        near = torch.linalg.vector_norm(d, dim=1) < _rcut(radial)
         i, j, d = i[near], j[near], d[near].requires_grad_()
     r = torch.linalg.vector_norm(d, dim=1)[:, None]
     s = torch.exp2(-((radial.table[0] / r - radial.table[1]).square()))
-    s = s * torch.cos(0.5 * torch.pi * r / RCUT).square()
+    s = s * torch.cos(0.5 * torch.pi * r / _rcut(radial)).square()
     t = tensor_components(d / r, {1: 0, 4: 1, 9: 2}[shape[1]])
     sent = torch.eye(shape[3])[where.species.long()].to(s) if z is None else z
     return i, j, d, t[:, :, None, None] * s[:, None, :, None] * sent[j][:, None, None]
 
 
 def forward(where, radial, z, env, begin=0):
-    """What `triton_fused.forward` writes, in float64 and in a moment."""
+    """What `triton_fused.forward` writes, in a moment, for networks whose pairs end at rcut."""
     with torch.enable_grad():
         i, _, _, rows = _rows(where, radial, z, env.shape, begin)
-    env.zero_().index_add_(0, i, rows.detach())
+    env.zero_().index_add_(0, i, rows.detach().to(env.dtype))
 
 
 def backward(where, radial, z, ge, gradients, begin=0):
@@ -106,7 +110,7 @@ class TapeRecorder:
     Args:
         monkeypatch: to get hold of the launches.
         interpreted: whether they run the interpreted kernels; else `forward` and `backward` above,
-            for float64 networks whose cutoff is RCUT, a hundred times as fast.
+            a hundred times as fast.
     """
 
     def __init__(self, monkeypatch, interpreted=False):

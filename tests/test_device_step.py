@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from graph_recorder import RCUT, TapeRecorder, launch_counts
+from graph_recorder import TapeRecorder, launch_counts
 from kernel_cases import absence
 from model_helpers import STRUCTURES, make_model
 from physics_suite import close
@@ -16,7 +16,7 @@ from test_physics import BOXES, Domains
 from md_plugin.halo import IndexHalo
 from md_plugin.model import atom_layers, device_step, graphs
 from md_plugin.model.buffers import Buffers
-from md_plugin.model.device_step import FusedStep, fused_step
+from md_plugin.model.device_step import CaptureError, FusedStep, fused_step
 from md_plugin.model.fusion import FusedHipnn
 from md_plugin.model.graphs import CudaRecorder, Watch
 from md_plugin.neighbours import Structure
@@ -27,6 +27,8 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or bool(absence("triton")),
     reason=absence("triton") or "there is a GPU: these are emulations of one",
 )
+
+RCUT = 3.0  # of `make_model`
 
 
 def network(**changes):
@@ -329,10 +331,13 @@ def test_large_steps_run_as_they_are(monkeypatch):
         same(step.evaluate(*small), part.evaluate(*small))
     assert recorder.captures == 1 and recorder.replays == 2
     monkeypatch.setattr(device_step, "MOST_LAUNCHES", 10)
-    step = FusedStep([part], recorder)
+    step, warm_ups = FusedStep([part], recorder), recorder.warm_ups
     for _ in range(3):
         step.evaluate(*small)
-    assert recorder.captures == 1
+    assert recorder.captures == 1 and recorder.warm_ups == warm_ups + 1
+    monkeypatch.setattr(device_step, "WORK_PER_LAUNCH", 0.1 * part.work)
+    FusedStep([part], recorder).evaluate(*small)  # too large whatever it launches
+    assert recorder.warm_ups == warm_ups + 1
 
 
 def waiting(monkeypatch):
@@ -376,7 +381,7 @@ def test_a_capture_that_fails(monkeypatch, caplog):
     ghosts = domains.species, Geometry(domains.x, domains.pairs), IndexHalo(domains.owner)
     step = FusedStep([part], Failing(monkeypatch))
     step.evaluate(*ghosts)
-    with pytest.raises(RuntimeError, match=r"step in CUDA graphs failed: op.*graphs='never' runs"):
+    with pytest.raises(CaptureError, match=r"graphs failed: op.*graphs='never' \(MD_PLUGIN_GR"):
         step.evaluate(*ghosts)
 
 
@@ -390,7 +395,7 @@ def test_ghosts_without_a_halo_and_derivatives_are_errors(monkeypatch):
         step.evaluate(species, Geometry(place.x.clone().requires_grad_(), place.pairs))
 
 
-def test_settings():
+def test_settings(monkeypatch):
     potential = Potential(make_model(backend="triton"))
     place = inputs(STRUCTURES["molecule"]())
     assert potential.graphs == "auto"
@@ -399,7 +404,8 @@ def test_settings():
     potential.graphs = "always"
     with pytest.raises(ValueError, match=r"graphs='always' needs.* computes on cpu; graphs='auto'"):
         potential.evaluate_geometry(*place)
-    potential.graphs = "sometimes"
+    monkeypatch.setenv("MD_PLUGIN_GRAPHS", "sometimes")
+    potential = Potential(make_model(backend="triton"))
     with pytest.raises(ValueError, match="graphs must be one of auto, always, never, got 'someti"):
         potential.evaluate_geometry(*place)
     part = network()

@@ -36,7 +36,7 @@ Options = Mapping[str, int]
 NAMES = ("BLOCK_P", "BLOCK_NU", "BLOCK_F", "num_warps", "num_stages")
 LEAST = {"BLOCK_P": 16, "BLOCK_NU": 16, "BLOCK_F": 16, "num_warps": 1, "num_stages": 1}
 MOST = {"BLOCK_P": 64, "BLOCK_NU": 64, "BLOCK_F": 128, "num_warps": 8, "num_stages": 4}
-SOURCES = ("triton_layer.py", "triton_pairs.py", "triton_parts.py")
+SOURCES = ("triton_layer.py", "triton_pairs.py")
 SHIPPED = Path(__file__).parent.parent / "data" / "tuning.json"
 
 _trial: ContextVar[Options | None] = ContextVar("md_plugin_trial", default=None)

@@ -38,6 +38,10 @@ MOST_LAUNCHES = 5000  # in a graph; each takes memory of the GPU, and time to re
 Segment = Callable[[], Exchange | Fused]
 
 
+class CaptureError(RuntimeError):
+    """A step was not recorded."""
+
+
 def check_graphs(graphs: str) -> str:
     """The setting itself.
 
@@ -87,7 +91,10 @@ class FusedStep:
         self._buffers: Buffers | None = None
         self._pieces: list[tuple[Callable[[], object], Exchange | Fused]] = []
         self._warm = False
-        self._too_many: float = float("inf")  # atoms, for which launches do not matter
+        self._work = sum(part.work for part in self.parts)
+        # Atoms for which launches do not matter, lowered by what steps turn out to launch.
+        most = WORK_PER_LAUNCH * MOST_LAUNCHES / self._work
+        self._too_many = float("inf") if forced else most
 
     @torch.no_grad()
     def evaluate(
@@ -98,7 +105,9 @@ class FusedStep:
         Virials of atoms are not recorded: they are rarely wanted, and cost more than launches.
 
         Raises:
-            RuntimeError: the positions ask for a derivative, or recording failed.
+            CaptureError: recording failed, and other ranks are waiting.
+            RuntimeError: the positions ask for a derivative, or a step that has to be recorded
+                cannot be.
             ValueError: ghosts, several layers, and no halo.
         """
         n_recv = geometry.pairs.n_recv
@@ -156,12 +165,15 @@ class FusedStep:
 
         found = self._run(buffers, halo, around)
         self._warm = True
-        work = buffers.geometry.pairs.n_recv * sum(part.work for part in self.parts)
-        large = work > WORK_PER_LAUNCH * watch.launches or watch.launches > MOST_LAUNCHES
+        n_recv = cast(Pairs, buffers.pairs).n_recv
+        most = min(
+            WORK_PER_LAUNCH * watch.launches / self._work,
+            n_recv * MOST_LAUNCHES / max(watch.launches, 1),
+        )
         if watch.waits:
             self._refuse(f"the host waits: {', '.join(sorted(set(watch.waits)))}")
-        elif large and not self.forced:
-            self._too_many, self._buffers = cast(Pairs, buffers.pairs).n_recv, None
+        elif n_recv >= most and not self.forced:
+            self._too_many, self._buffers = most, None
         return found
 
     def _record(self, buffers: Buffers, halo: Halo | None) -> Fused | None:
@@ -169,20 +181,23 @@ class FusedStep:
         recorder = cast(Recorder, self.recorder)
 
         def around(call: Segment) -> Exchange | Fused:
-            play, found = recorder.capture(call)
+            try:
+                play, found = recorder.capture(call)
+            except RuntimeError as error:
+                raise CaptureError(
+                    f"recording a step in CUDA graphs failed: {error}; graphs='never' "
+                    "(MD_PLUGIN_GRAPHS=never) runs each step as it is"
+                ) from error
             play()
             self._pieces.append((play, found))
             return found
 
         try:
             return self._run(buffers, halo, around)
-        except RuntimeError as error:
+        except CaptureError as error:
             if buffers.exchanges:  # other ranks wait: there is no way back before an exchange
-                raise RuntimeError(
-                    f"recording a step in CUDA graphs failed: {error}; graphs='never' runs each "
-                    "step as it is"
-                ) from error
-            self._refuse(str(error))
+                raise
+            self._refuse(str(error.__cause__))
             return None
 
     def _replay(self, buffers: Buffers, halo: Halo | None) -> Fused:
