@@ -23,10 +23,11 @@ from md_plugin.pairs import Geometry, Pairs
 from md_plugin.potential import Potential
 
 APART = 0.8  # cutoffs between neighbours: none is closer than what the model was trained on
+SIZES = (4, 4096)  # atoms for one thread, and for several, which have loops of their own
 
 
 def warm_up(potential: Potential, *, fused: bool, alone: bool) -> None:
-    """Evaluates four atoms in a line and a ghost of the first behind the last.
+    """Evaluates atoms in a line, with a ghost of the first behind the last.
 
     Args:
         potential: the potential.
@@ -34,18 +35,25 @@ def warm_up(potential: Potential, *, fused: bool, alone: bool) -> None:
         alone: whether code may have to be compiled, which one process of a node does at a time.
     """
     device = potential.device
-    x = torch.zeros(5, 3, dtype=torch.float64)
-    x[:, 0] = APART * potential.rcut * torch.arange(5)
-    row_ptr = torch.tensor([0, 1, 3, 5, 7], dtype=torch.int32)
-    sender = torch.tensor([1, 0, 2, 1, 3, 2, 4], dtype=torch.int32)
-    geometry = Geometry(x, Pairs(row_ptr, sender, 5)).to(device)
-    species = torch.tensor([potential.species[0]] * 5, device=device)
     halo = IndexHalo(torch.tensor([0], device=device)) if potential.n_exchanges else None
     with compiled_code(alone):
-        if fused:
-            potential.evaluate_geometry(species, geometry, halo=halo)
-        else:
-            potential.evaluate_pairs(species, geometry.pairs, geometry.r_ij(), halo=halo)
+        for n in SIZES:
+            geometry = _line(n, APART * potential.rcut).to(device)
+            species = torch.full((n + 1,), potential.species[0], device=device)
+            if fused:
+                potential.evaluate_geometry(species, geometry, halo=halo)
+            else:
+                potential.evaluate_pairs(species, geometry.pairs, geometry.r_ij(), halo=halo)
+
+
+def _line(n: int, apart: float) -> Geometry:
+    """Atoms and one ghost; each atom has the next on either side as its neighbours."""
+    atom = torch.arange(n, dtype=torch.int32)
+    sender = torch.stack([atom - 1, atom + 1], dim=1).ravel()[1:]
+    row_ptr = torch.cat([atom[:1], 2 * atom + 1])
+    x = torch.zeros(n + 1, 3, dtype=torch.float64)
+    x[:, 0] = apart * torch.arange(n + 1)
+    return Geometry(x, Pairs(row_ptr, sender, n + 1))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lammps_devices import Compiling, OnDevice, Uncompilable
 from lammps_helpers import (
+    LIMIT,
     dump_object,
     environment,
     lmp,
@@ -394,17 +395,24 @@ def test_positions_cross_and_pairs_do_not(twins):
 
 @needs_lammps
 def test_one_rank_of_a_node_compiles(tmp_path):
-    """An empty cache: everything is compiled before the first step, by the first rank alone."""
+    """An empty cache: the first rank compiles before the first step, one of both what is later."""
     write_crystal(tmp_path / "atoms.data", (2, 2, 2), 4.3)
     model = model_bytes(make_potential(n_interactions=2).model)
     dump_object(tmp_path, Compiling(model, dtype="float64", device="cpu"), "Compiling.pkl")
-    write(tmp_path, "Compiling.dynamics", "run 1")
+    virials = f"{SUMS}thermo_style custom step c_ss[*]"
+    write(tmp_path, "Compiling.dynamics", f"run 1\n{virials}\nrun 1")
     folder = tmp_path / "Compiling.dynamics"
-    done = lmp(folder, 2, env=environment(NUMBA_CACHE_DIR=tmp_path / "cache"))
+    env = environment(NUMBA_CACHE_DIR=tmp_path / "cache")
+    done = lmp(folder, 2, env=env, limit=3 * LIMIT)
     assert done.returncode == 0, done.stdout
     first, second = (np.loadtxt(folder / f"compiled.{k}", dtype=int) for k in range(2))
-    assert first[0, 0] > 0 and (first == first[0, 0]).all()
-    assert not second.any()
+    before = first[0, 0]
+    assert before > 0 and (first[:, 0] == before).all() and not second[:, 0].any()
+    later = np.array([first[:, 1] - before, second[:, 1]])
+    assert not later[:, :2].any()
+    # each piece once, by the rank that came first
+    assert sorted((later[:, 2] > 0).tolist()) == [False, True]
+    assert (later[:, 3] == later[:, 2]).all()
 
 
 @needs_lammps
