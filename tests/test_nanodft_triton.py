@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from test_nanodft_gradient import HAVE_TRITON, gradient, random_density
 from test_nanodft_integrals import system, worst
 
-from md_plugin.nanodft import eri
+from md_plugin.nanodft import energy_forces_batch, eri, two_electron_torch
 from md_plugin.nanodft.basis import Basis
 
 if HAVE_TRITON:
@@ -53,6 +53,22 @@ def test_many_geometries_are_one_launch_and_the_same_numbers(monkeypatch):
     assert worst(eri([1, 1], x, basis, "triton"), eri([1, 1], x, basis, "torch")) < 1e-11
     assert worst(gradient(basis, x, dm, 0.2, "triton"), torch.stack(want)) < 1e-9
     assert molecules == [2] * (6 + 9)  # unordered pairs of three classes, and ordered ones
+
+
+@interpreted
+def test_energies_and_forces_without_an_integral_of_torch(monkeypatch):
+    conformers = [[[0.0, 0.0, 0.0], [0.1, 0.2, z]] for z in (0.7, 0.8)]
+    settings = {"xc": "svwn", "basis": "sto-3g", "grid_level": 0}
+    want = energy_forces_batch([1, 1], conformers, backend="torch", **settings)
+    eri([1, 1], torch.eye(2, 3, dtype=torch.float64), "sto-3g", "triton")  # compares with torch
+    for name in ("eri", "two_electron_gradient"):
+        monkeypatch.setattr(two_electron_torch, name, None)
+    got = energy_forces_batch([1, 1], conformers, backend="triton", **settings)
+    for found, expected in zip(got, want, strict=True):
+        assert found.backend == "triton" and found.energy == pytest.approx(
+            expected.energy, rel=1e-12
+        )
+        assert abs(found.forces - expected.forces).max() < 1e-8
 
 
 class Launches:
