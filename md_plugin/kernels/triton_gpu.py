@@ -5,8 +5,9 @@
     sensesum  one program per receiver and block of nu: features (pairs, features) x env^T
     featsum   one program per receiver and block of features: sense (pairs, nu) x env, which is
               added to the senders by atomics; its last bits change from run to run
-    featsum   where torch.use_deterministic_algorithms(True): one program per sender and block of
-              features, over the sender's block of the transpose (col_ptr, perm), without atomics
+    featsum   where torch.use_deterministic_algorithms(True): the same product is written, n_feat
+              numbers per pair, and added up by one program per sender and block of features, over
+              the sender's block of the transpose (col_ptr, perm), without atomics
 
 What a receiver has of env is read once per tile of pairs, not once per pair. Float64 is multiplied
 as such. A float32 product is three of tf32, of operands split into a high and a low part:
@@ -72,7 +73,7 @@ def _rows(array, row, n_row, column, n_column):
 
 @triton.jit
 def _sent(features, sender, p, end, f, n_feat):
-    """Features of the senders of a tile of pairs, zero beyond the end."""
+    """Features of the senders of a tile of pairs, zero beyond the end; any rows by an index."""
     j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
     live = (p < end)[:, None] & (f < n_feat)[None, :]
     return tl.load(features + j[:, None] * n_feat + f[None, :], mask=live, other=0.0)
@@ -130,10 +131,10 @@ def _sensesum(
 @triton.jit
 def _featsum(
     env, sense, row_ptr, sender, features, n_nu, n_feat,
-    PRECISION: tl.constexpr, ALIGN_NU: tl.constexpr, ALIGN_F: tl.constexpr,
+    BY_PAIR: tl.constexpr, PRECISION: tl.constexpr, ALIGN_NU: tl.constexpr, ALIGN_F: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Adds to features."""
+    """Adds to features of senders, or writes those of pairs."""
     n_nu, n_feat = n_nu // ALIGN_NU * ALIGN_NU, n_feat // ALIGN_F * ALIGN_F
     i = tl.program_id(0).to(tl.int64)
     start, end = tl.load(row_ptr + i).to(tl.int64), tl.load(row_ptr + i + 1).to(tl.int64)
@@ -146,41 +147,28 @@ def _featsum(
             s = _rows(sense, p, end, nu, n_nu)
             e = _rows(env + i * n_nu * n_feat, nu, n_nu, f, n_feat)
             total = tl.dot(s, e, total, input_precision=PRECISION, out_dtype=total.dtype)
-        j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
         live = (p < end)[:, None] & (f < n_feat)[None, :]
-        place = features + j[:, None] * n_feat + f[None, :]
-        tl.atomic_add(place, total, mask=live, sem="relaxed")
+        if BY_PAIR:
+            tl.store(features + p[:, None] * n_feat + f[None, :], total, mask=live)
+        else:
+            j = tl.load(sender + p, mask=p < end, other=0).to(tl.int64)
+            place = features + j[:, None] * n_feat + f[None, :]
+            tl.atomic_add(place, total, mask=live, sem="relaxed")
 
 
 @triton.jit
-def _featsum_by_sender(
-    env, sense, col_ptr, perm, receiver, features, n_nu, n_feat,
-    ALIGN_F: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
+def _by_sender(
+    messages, col_ptr, perm, features, n_feat,
+    ALIGN_F: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     n_feat = n_feat // ALIGN_F * ALIGN_F
     j = tl.program_id(0).to(tl.int64)
-    start = tl.load(col_ptr + j).to(tl.int64)
-    end = tl.load(col_ptr + j + 1).to(tl.int64)
+    start, end = tl.load(col_ptr + j).to(tl.int64), tl.load(col_ptr + j + 1).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    # Pair and nu share one axis of the tile: (pair 0, nu 0 .. BLOCK_NU - 1), (pair 1, ...).
-    row = tl.arange(0, BLOCK_P * BLOCK_NU)
-    acc = tl.zeros((BLOCK_P * BLOCK_NU, BLOCK_F), dtype=features.dtype.element_ty)
+    total = tl.zeros((BLOCK_P, BLOCK_F), dtype=features.dtype.element_ty)
     for k0 in range(start, end, BLOCK_P):
-        k = k0 + (row // BLOCK_NU).to(tl.int64)
-        p = tl.load(perm + k, mask=k < end, other=0).to(tl.int64)
-        i = tl.load(receiver + p, mask=k < end, other=0).to(tl.int64)
-        for nu0 in range(0, n_nu, BLOCK_NU):
-            nu = nu0 + row % BLOCK_NU
-            live = (k < end) & (nu < n_nu)
-            s = tl.load(sense + p * n_nu + nu, mask=live, other=0.0)
-            e = tl.load(
-                env + ((i * n_nu + nu) * n_feat)[:, None] + f[None, :],
-                mask=live[:, None] & (f < n_feat)[None, :],
-                other=0.0,
-            )
-            acc += s[:, None] * e
-    tl.store(features + j * n_feat + f, tl.sum(acc, axis=0), mask=f < n_feat)
+        total += _sent(messages, perm, k0 + tl.arange(0, BLOCK_P), end, f, n_feat)
+    tl.store(features + j * n_feat + f, tl.sum(total, axis=0), mask=f < n_feat)
 
 
 def tiles(
@@ -193,20 +181,15 @@ def tiles(
     spilling. Knowing that rows start at multiples of 16 bytes, a thread moves 16 bytes at a time.
 
     Args:
-        name: "envsum", "sensesum", "featsum" or "featsum_by_sender".
+        name: "envsum", "sensesum", "featsum" or "by_sender".
         n_nu: sensitivities, times tensor components.
         n_feat: features.
         dtype: float32 or float64.
         groups: whether the device has instructions of warp groups (sm_90).
     """
-    if name == "featsum_by_sender":
-        block_nu = power_of_two(n_nu, 16, 32)
-        return {
-            "ALIGN_F": math.gcd(n_feat, 16),
-            "BLOCK_P": 32 // block_nu,
-            "BLOCK_NU": block_nu,
-            "BLOCK_F": power_of_two(n_feat, 16, 64),
-        }
+    if name == "by_sender":
+        block_f = power_of_two(n_feat, 16, 64)
+        return {"ALIGN_F": math.gcd(n_feat, 16), "BLOCK_P": 32, "BLOCK_F": block_f}
     single = dtype == torch.float32
     wide = 64 if groups and single else 32
     block_p, most_nu, most_f = {
@@ -261,25 +244,26 @@ def sensesum(env: Tensor, features: Tensor, pairs: Pairs) -> Tensor:
 def featsum(env: Tensor, sense: Tensor, pairs: Pairs) -> Tensor:
     """(n_recv, n_nu, n_feat), (n_pair, n_nu) -> features (n_send, n_feat).
 
-    By atomics, unless torch is asked for deterministic algorithms at the time of the call.
+    By atomics, unless torch is asked for deterministic algorithms at the time of the call: that
+    takes n_pair n_feat numbers of memory.
     """
     n_nu, n_feat = env.shape[1:]
     with on_device(env):
         features = env.new_zeros(pairs.n_send, n_feat)
         if pairs.n_pair * n_nu * n_feat == 0:
             return features
-        if fixed_order():
-            tile = _tiles("featsum_by_sender", env, n_nu, n_feat)
-            _featsum_by_sender[(pairs.n_send, triton.cdiv(n_feat, tile["BLOCK_F"]))](
-                env, sense, pairs.col_ptr, pairs.perm, pairs.receiver, features, n_nu, n_feat,
-                **tile, **OPTIONS,
-            )  # fmt: skip
-        else:
-            tile = _tiles("featsum", env, n_nu, n_feat)
-            _featsum[(pairs.n_recv, triton.cdiv(n_feat, tile["BLOCK_F"]))](
-                env, sense, pairs.row_ptr, pairs.sender, features, n_nu, n_feat,
-                PRECISION=PRECISION[env.dtype], **tile, **OPTIONS,
-            )  # fmt: skip
+        by_pair = fixed_order()
+        found = env.new_empty(pairs.n_pair, n_feat) if by_pair else features
+        tile = _tiles("featsum", env, n_nu, n_feat)
+        _featsum[(pairs.n_recv, triton.cdiv(n_feat, tile["BLOCK_F"]))](
+            env, sense, pairs.row_ptr, pairs.sender, found, n_nu, n_feat,
+            BY_PAIR=by_pair, PRECISION=PRECISION[env.dtype], **tile, **OPTIONS,
+        )  # fmt: skip
+        if by_pair:
+            tile = _tiles("by_sender", env, n_nu, n_feat)
+            _by_sender[(pairs.n_send, triton.cdiv(n_feat, tile["BLOCK_F"]))](
+                found, pairs.col_ptr, pairs.perm, features, n_feat, **tile, **OPTIONS
+            )
     return features
 
 
