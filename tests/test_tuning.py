@@ -10,6 +10,7 @@ from graph_recorder import TapeRecorder
 from kernel_cases import absence
 from model_helpers import make_model
 from test_device_step import chain, inputs, network
+from test_triton_compile import compiles, run_python
 
 from md_plugin import cli_tune
 from md_plugin.cli import main
@@ -212,6 +213,30 @@ def test_what_ships_is_of_these_kernels_and_well_formed():
             shape = (1, int(n_comp), int(n_nu), int(n_feat))
             assert tuning.key(kernel, shape, getattr(torch, dtype)) == name
             assert entries and all(tuning._checked(options) for options in entries)
+
+
+FIRST = """
+import json
+from md_plugin.kernels import tuning
+from tuning_table import compiled
+
+table = json.loads(tuning.SHIPPED.read_text())["options"]
+for capability, key in ((90, "forward 4 32 128"), (90, "backward 4 32 128"), (80, "backward 9 32 64")):
+    kernel, n_comp, _, n_feat = key.split()
+    with tuning.trying(table[f"sm_{capability}"][key + " float32"][0]):
+        found = compiled(kernel, capability, (int(n_comp), 20, int(n_feat)))
+    print(json.dumps(found))
+"""
+
+
+@compiles
+def test_what_ships_spills_nothing(tmp_path):
+    if json.loads(tuning.SHIPPED.read_text())["kernels"] != tuning.checksum():
+        pytest.skip("the table is of other kernels and not used: python tests/tuning_table.py")
+    rows = [json.loads(line) for line in run_python(FIRST, tmp_path).splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["STACK"] == row["spill"] == 0 and row["matrix"] > 0, row
 
 
 def test_tables_of_other_kernels_are_not_used(monkeypatch, tmp_path):
