@@ -221,7 +221,8 @@ from md_plugin.kernels import tuning
 from tuning_table import compiled
 
 table = json.loads(tuning.SHIPPED.read_text())["options"]
-for capability, key in ((90, "forward 4 32 128"), (90, "backward 4 32 128"), (80, "backward 9 32 64")):
+chosen = ((90, "forward 4 32 128"), (90, "backward 4 32 128"), (80, "backward 9 32 64"))
+for capability, key in chosen:
     kernel, n_comp, _, n_feat = key.split()
     with tuning.trying(table[f"sm_{capability}"][key + " float32"][0]):
         found = compiled(kernel, capability, (int(n_comp), 20, int(n_feat)))
