@@ -114,9 +114,7 @@ class Potential:
         Raises:
             ValueError: unknown element, positions that are not finite, or an unusable cell.
         """
-        if isinstance(structures, Structure):
-            structures = [structures]
-        batch = structures
+        batch = [structures] if isinstance(structures, Structure) else structures
         if not isinstance(batch, Batch):
             batch = Batch.from_structures(batch, self.rcut)
         self.check_species(batch.species)
@@ -156,8 +154,7 @@ class Potential:
             results_on: where the fused path puts results; None: where the positions are.
         """
         if forces and not self.why_not_fused():
-            home = results_on or geometry.x.device
-            wanted = Wanted(home, structure, n_structures, per_atom)
+            wanted = Wanted(results_on or geometry.x.device, structure, n_structures, per_atom)
             found = self._evaluate_fused(species, geometry, halo, wanted)
             if found is not None:
                 return found
