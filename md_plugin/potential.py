@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, are_deterministic_algorithms_enabled
 
 from md_plugin.devices import choose_device
 from md_plugin.elements import symbols
@@ -58,8 +58,6 @@ class Potential:
             pays, "always", "never"; see `md_plugin.model.device_step`. MD_PLUGIN_GRAPHS sets it.
     """
 
-    graphs: str
-
     def __init__(
         self,
         model: Hipnn | HipnnSum,
@@ -74,13 +72,12 @@ class Potential:
         self.dtype = dtype
         self.geometry_dtype, network_dtype = DTYPES[dtype]
         self.model = model.to(self.device, network_dtype)
-        self.info = dict(info or {})
+        self.info, self.graphs = dict(info or {}), os.environ.get("MD_PLUGIN_GRAPHS") or "auto"
         # Walking through the modules to their parameters would take longer than 50 atoms.
         self._layers = [m._parameters for m in self.model.modules() if m._parameters]
         self._warned_close = False
         self._moved: tuple[Pairs, Geometry] | None = None  # the last list; on the device
         self._fused: tuple[Any, FusedStep] | None = None
-        self.graphs = os.environ.get("MD_PLUGIN_GRAPHS") or "auto"
 
     @property
     def species(self) -> tuple[int, ...]:
@@ -198,8 +195,7 @@ class Potential:
         """That of these weights, made anew where one of them has changed."""
         from md_plugin.model import device_step, fusion
 
-        repeatable = torch.are_deterministic_algorithms_enabled()  # other kernels then
-        known: list[Any] = [self._backend, self.graphs, repeatable]
+        known: list[Any] = [self._backend, self.graphs, are_deterministic_algorithms_enabled()]
         for layer in self._layers:
             known += [(p.data_ptr(), p._version) for p in layer.values() if p is not None]
         if self._fused is None or self._fused[0] != known:
