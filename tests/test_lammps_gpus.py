@@ -321,11 +321,14 @@ thermo 2
 write_dump all custom dump.end id type x y z fx fy fz modify sort id format float %.17g
 """
 SUMS = "compute sa all stress/atom NULL\ncompute ss all reduce sum c_sa[*]\n"
+CENTROID = SUMS.replace("stress/atom NULL", "centroid/stress/atom NULL virial")
 BODIES = {
     "dynamics": "run 24",
     "exclusions": "group g id 1:9\nneigh_modify exclude group g g\nrun 6\n"
     "neigh_modify exclude none\nrun 4",
     "virials_of_atoms": f"run 3\n{SUMS}thermo_style custom step pe c_ss[*]\nrun 3\n"
+    "thermo_style custom step pe pxx\nrun 3",
+    "centroid_virials": f"run 3\n{CENTROID}thermo_style custom step pe c_ss[*]\nrun 3\n"
     "thermo_style custom step pe pxx\nrun 3",
     "types_and_atoms_change": "run 2\nset group all type/fraction 2 0.3 7\nrun 2\n"
     "group h id 3:7\ndelete_atoms group h\nrun 2\nchange_box all x scale 0.98 remap\nrun 2",
@@ -391,6 +394,8 @@ def test_positions_cross_and_pairs_do_not(twins):
         assert (excluded[:7, 5] > 0).all()  # LAMMPS lists them, and they go over once
         virials = np.loadtxt(folder / f"OnDevice.virials_of_atoms/crossed.{rank}", dtype=int)
         assert not virials[:, 5].any()  # added up on the way, too
+        centroid = np.loadtxt(folder / f"OnDevice.centroid_virials/crossed.{rank}", dtype=int)
+        assert not centroid[:4, 5].any() and centroid[4, 5] > 0  # listed when asked for
 
 
 @needs_lammps
@@ -399,7 +404,7 @@ def test_one_rank_of_a_node_compiles(tmp_path):
     write_crystal(tmp_path / "atoms.data", (2, 2, 2), 4.3)
     model = model_bytes(make_potential(n_interactions=2).model)
     dump_object(tmp_path, Compiling(model, dtype="float64", device="cpu"), "Compiling.pkl")
-    virials = f"{SUMS}thermo_style custom step c_ss[*]"
+    virials = f"{CENTROID}thermo_style custom step c_ss[*]"
     write(tmp_path, "Compiling.dynamics", f"run 1\n{virials}\nrun 1")
     folder = tmp_path / "Compiling.dynamics"
     env = environment(NUMBA_CACHE_DIR=tmp_path / "cache")
