@@ -58,7 +58,7 @@ class HipnnMLIAP(MLIAPUnified):
 
     Args:
         hipnn: content of a `.hipnn` checkpoint, or of several, which then act as a committee.
-        dtype: "mixed", "float64" or "float32"; see `md_plugin.potential`.
+        dtype: "mixed", "float64", "float32" or "fast"; see `md_plugin.potential`.
         device: "auto" follows LAMMPS's arrays (KOKKOS on a GPU), else takes a GPU of this node if
             there is one; or a torch device name. See `ranks.device_of_rank`.
         backend: kernels; see `md_plugin.kernels`. None: chosen where LAMMPS runs.
@@ -80,7 +80,8 @@ class HipnnMLIAP(MLIAPUnified):
         from md_plugin.elements import SYMBOLS
 
         models = [hipnn] if isinstance(hipnn, bytes) else [bytes(model) for model in hipnn]
-        potential = load_model([load_model_bytes(m, device="cpu", dtype=dtype) for m in models])
+        usual = dtype.replace("fast", "mixed")  # here, where there may be no GPU
+        potential = load_model([load_model_bytes(m, device="cpu", dtype=usual) for m in models])
         self._state: dict[str, Any] = {
             "format": FORMAT,
             "models": models,
@@ -124,8 +125,7 @@ class HipnnMLIAP(MLIAPUnified):
         self.element_types: list[str] = state["elements"]
         self.ndescriptors = 1
         self.nparams = 1
-        # what mliap/py asks for; see session
-        self.centroid = True
+        self.centroid = True  # what mliap/py asks for; see session
         self.n_models = len(state["models"])
         numbers = 8 if state["dtype"] == "float64" else 4
         self.comm_width = math.ceil(state["n_feat"] * numbers / 8) if state["n_exchanges"] else 0

@@ -30,6 +30,7 @@ REASON = {
     "two of its 7 digits; --dtype float64 looks closer.",
     "float32": "sums over neighbours and layers lose one or two of the 7 digits of float32; "
     "--dtype float64 looks closer.",
+    "fast": "sums over neighbours multiply numbers of 3 to 4 digits; --dtype float64 looks closer.",
 }
 
 

@@ -38,7 +38,8 @@ class HipnnCalculator(Calculator):
             committee: its means are the results, and its spread is in `results["energies_std"]`
             and `results["forces_std"]`, (n_atoms,), see `md_plugin.committee`.
         device: "auto" takes CUDA if there is one.
-        dtype: "mixed" (float64 geometry and sums, float32 network), "float64" or "float32".
+        dtype: "mixed" (float64 geometry and sums, float32 network), "float64", "float32", or "fast"
+            (as "mixed", sums over neighbours with float16 operands, on a GPU with triton only).
         backend: kernels; None and "auto" choose by themselves.
         skin: extra distance in the neighbour list, Å; the list is reused while it is provably
             complete. 0 rebuilds at every change.

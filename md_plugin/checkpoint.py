@@ -94,7 +94,8 @@ def load_model(
             loaded potential, which is returned as it is; or a list of these, which become a
             `Committee`.
         device: "auto", "cpu", "cuda", "cuda:1" ...
-        dtype: "mixed" (float64 geometry, float32 network), "float64" or "float32".
+        dtype: "mixed" (float64 geometry, float32 network), "float64", "float32" or "fast"; see
+            `Potential`.
         backend: kernels; see `md_plugin.kernels.registry` for how None is resolved.
 
     Raises:

@@ -21,6 +21,7 @@ from md_plugin.memory import keep_freed_memory
 USER_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
 # Those of the registry, which imports torch; they need not be available where one exports.
 BACKENDS = ("auto", "torch", "numba", "triton", "cupy", "numba_cuda")
+DTYPES = ("mixed", "float64", "float32", "fast")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "model", nargs="+", help=".hipnn file or bundled model; several act as a committee"
     )
     export.add_argument("-o", "--output", type=Path, required=True, help="e.g. model.pt")
-    export.add_argument("--dtype", default="mixed", choices=("mixed", "float64", "float32"))
+    export.add_argument("--dtype", default="mixed", choices=DTYPES)
     export.add_argument("--device", default="auto")
     export.add_argument("--backend", default=None, choices=BACKENDS)
     export.set_defaults(command=_export)
@@ -119,7 +120,7 @@ def _add_checks(commands: Any) -> None:
     validate.add_argument("--lmp", type=Path, help="LAMMPS program; default: this environment's")
     validate.add_argument("-np", type=int, default=1, dest="ranks", help="MPI ranks")
     validate.add_argument("--suffix", choices=("py", "kk", "none"), help="default: by its packages")
-    validate.add_argument("--dtype", choices=("float64", "mixed", "float32"))
+    validate.add_argument("--dtype", choices=DTYPES)
     validate.add_argument("--mpiexec", type=Path, help="default: the one beside lmp, then on PATH")
     validate.add_argument("--keep", type=Path, help="folder for scripts, data and output")
     validate.add_argument("--limit", type=float, default=300.0, help="s, for one structure")

@@ -75,6 +75,24 @@ class Pairs:
         return self.sender.device
 
     @cached_property
+    def _is_mutual(self) -> bool:
+        there, back = self.receiver.long() * self.n_send, self.sender.long() * self.n_send
+        there, back = there + self.sender, back + self.receiver
+        return bool(torch.equal(there.sort().values, back.sort().values))
+
+    def check_mutual(self) -> None:
+        """Raise ValueError unless each pair of receivers is there both ways; ghosts have no rows.
+
+        Looks once; on a GPU the host waits for it.
+        """
+        if self.n_recv == self.n_send and not self._is_mutual:
+            raise ValueError(
+                "some pair i -> j of the list has no pair j -> i, which forces without atomics "
+                "need: give all neighbours of each atom, or turn "
+                "torch.use_deterministic_algorithms off"
+            )
+
+    @cached_property
     def receiver(self) -> Tensor:
         """(n_pair,) int64, the receiver of each pair."""
         rows = torch.arange(self.n_recv, device=self.device)

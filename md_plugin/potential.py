@@ -6,8 +6,8 @@ backward pass gives dE/dr_ij, and forces and virials are the sums over pairs of
 for them too: they belong to the owners and are sent there by the engine.
 
 dtype "float64": everything in float64. "float32": geometry and network in float32. "mixed":
-geometry, sums of energies and sums of forces in float64, network in float32. Energies are summed
-in float64 in every mode.
+geometry, sums of energies and sums of forces in float64, network in float32. "fast": as "mixed",
+float16 operands in the sums of fused layers on a GPU. Energies are summed in float64 in every mode.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ DTYPES = {
     "float64": (torch.float64, torch.float64),
     "float32": (torch.float32, torch.float32),
     "mixed": (torch.float64, torch.float32),
+    "fast": (torch.float64, torch.float32),
 }
 
 
@@ -50,7 +51,7 @@ class Potential:
     Args:
         model: the network; moved and cast in place.
         device: where it computes; "auto" takes CUDA if there is one.
-        dtype: "mixed", "float64" or "float32".
+        dtype: "mixed", "float64", "float32" or "fast".
         info: training summary and the like, as stored in the checkpoint.
 
     Attributes:
@@ -78,6 +79,7 @@ class Potential:
         self._warned_close = False
         self._moved: tuple[Pairs, Geometry] | None = None  # the last list; on the device
         self._fused: tuple[Any, FusedStep] | None = None
+        _ = self._step() if dtype == "fast" else None  # raises where there is no such thing
 
     @property
     def species(self) -> tuple[int, ...]:
@@ -184,6 +186,8 @@ class Potential:
     ) -> Evaluation | None:
         """None where it is not finite, and no other rank waits: the other path finds out why."""
         place, species = self._on_device(geometry), species.to(self.device)
+        if are_deterministic_algorithms_enabled() and self._backend == "triton":
+            place.pairs.check_mutual()
         found = self._step().evaluate(species, place, halo, wanted.split).to(wanted.home)
         finite, closest = found.summary()
         if halo is None and not finite:
@@ -199,7 +203,8 @@ class Potential:
         for layer in self._layers:
             known += [(p.data_ptr(), p._version) for p in layer.values() if p is not None]
         if self._fused is None or self._fused[0] != known:
-            parts = [fusion.FusedHipnn(part, self._backend) for part in self.model.parts]
+            fast = self.dtype == "fast"
+            parts = [fusion.FusedHipnn(m, self._backend, fast) for m in self.model.parts]
             self._fused = known, device_step.fused_step(parts, self.device, self.graphs)
         return self._fused[1]
 

@@ -42,7 +42,8 @@ class HipnnModel(ModelInterface):
             (then device, dtype and backend are those of the potential). A list of these is a
             committee, of which the means come back.
         device: "auto" takes CUDA if there is one.
-        dtype: "mixed" (float64 states and sums, float32 network), "float64" or "float32".
+        dtype: "mixed" (float64 states and sums, float32 network), "float64", "float32", or "fast";
+            see `md_plugin.potential`.
         backend: kernels; None and "auto" choose by themselves.
         skin: extra distance in the neighbour list, Å; the list is reused while it is provably
             complete. 0 rebuilds at every change.

@@ -86,37 +86,59 @@ for real, dtype, terms in (("fp32", torch.float32, 7), ("fp64", torch.float64, 1
 LAYERS = """
 import json, torch
 from triton_assembly import assembly, findings
-from md_plugin.kernels import triton_fused, triton_layer
+from md_plugin.kernels import triton_arrays, triton_fused, triton_layer, triton_mirror
 
-def compile(real, capability, n_comp, n_feat, shifted, per_atom=False):
-    dtype = torch.float32 if real == "fp32" else torch.float64
-    for name in ("backward",) if per_atom else ("forward", "backward"):
-        kernel = getattr(triton_layer, name + "_kernel")
+LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
+REAL = {"fp16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+
+def report(name, kernel, kind, capability, shape, constants, sizes):
+    options = {key: constants.pop(key) for key in LAUNCH}
+    real, half = ("fp32", ("z", "ge", "env")) if kind == "fp16" else (kind, ())
+    if kind != "fp16" and "scale" in kernel.arg_names:
+        constants["scale"] = None
+    found = findings(assembly(kernel, real, capability, constants, sizes, options, half))
+    compiled_in = [x.name for x in kernel.params if x.is_constexpr]
+    row = {"kernel": f"{name} {kind} sm_{capability} {shape}", "n_comp": shape[0], "name": name}
+    row |= {"capability": capability, "one_hot": shape[1] < 16, "real": kind}
+    print(json.dumps(row | found | {"compiled_in": compiled_in}))
+
+def layer(kind, capability, n_comp, n_feat, shifted=False, own_row=False, atoms=False):
+    for name in ("backward",) if own_row else ("forward", "backward"):
+        kernel, back = getattr(triton_layer, name + "_kernel"), name == "backward"
+        dtype = torch.float16 if kind == "fp16" else REAL[kind]
         env = torch.empty(1, n_comp, 20, n_feat, dtype=dtype, device="meta")
-        radial = triton_fused.Radial(env, 6.5, 6.5)
-        constants = triton_fused.options(radial, env, back=name == "backward")
-        launch = ("num_warps", "num_stages", "enable_fp_fusion")
-        options = {key: constants.pop(key) for key in launch}
+        radial = triton_arrays.Radial(env.to(REAL[kind]), env)
+        constants = triton_fused.options(radial, env, back, hopper=capability >= 90)
+        if back:
+            constants["OWN_ROW"] = own_row
+            constants |= {} if atoms else {"sent": None}
         constants |= {"z" if n_feat < 16 else "species": None}
-        constants |= {} if per_atom or name == "forward" else {"sent": None}
         if not shifted:
             constants |= {"translation": None, "translations": None}
         sizes = {"begin": 16, "n_nu": 20, "n_feat": n_feat}
-        found = findings(assembly(kernel, real, capability, constants, sizes, options))
-        row = {"kernel": f"{name} {real} sm_{capability} {n_comp} x 20 x {n_feat}"}
-        row |= {"name": name, "capability": capability, "n_comp": n_comp, "one_hot": n_feat < 16}
-        row |= {"per_atom": per_atom}
-        print(json.dumps(row | {"real": real} | found))
+        kernel_name = "own " * own_row + name
+        report(kernel_name, kernel, kind, capability, (n_comp, n_feat), constants, sizes)
 
-compile("fp32", 90, 1, 4, True)
+def mirror(kind, capability, n_comp, n_hidden):
+    g = torch.empty(1, n_comp, n_hidden, dtype=REAL[kind], device="meta")
+    constants = triton_fused.mirror_options(g, 20) | {"translation": None, "translations": None}
+    sizes = {"begin": 16, "n_nu": 20, "n_hidden": n_hidden}
+    kernel = triton_mirror.mirror_kernel
+    report("mirror", kernel, kind, capability, (n_comp, n_hidden), constants, sizes)
+
+layer("fp32", 90, 1, 4, True, atoms=True)
 for capability in (80, 90):
-    compile("fp32", capability, 1, 64, True)
-    compile("fp32", capability, 4, 128, False)
-compile("fp64", 80, 1, 64, False)
-compile("fp64", 90, 4, 128, True)
-compile("fp32", 80, 9, 64, True)
-compile("fp32", 90, 9, 64, True)
-compile("fp32", 80, 1, 64, True, True)
+    layer("fp32", capability, 1, 64, True)
+    for n_comp, n_feat in ((4, 128), (9, 32), (16, 32)):
+        layer("fp32", capability, n_comp, n_feat)
+    for n_comp, n_feat in ((1, 64), (4, 128), (9, 64), (16, 32)):
+        layer("fp16", capability, n_comp, n_feat)
+layer("fp64", 80, 1, 64)
+layer("fp64", 90, 4, 128, True)
+layer("fp32", 90, 4, 128, own_row=True)
+layer("fp32", 80, 9, 32, own_row=True)
+mirror("fp32", 90, 4, 128)
+mirror("fp32", 80, 9, 32)
 """
 
 
@@ -191,30 +213,39 @@ def test_sensitivities_compile_for_a100_and_h100(tmp_path):
         assert (row["wide_load"] > 0) == (row["n_nu"] == 20), row
 
 
+# Bytes of local memory that float32 takes on the way back, with triton 3.9; nothing else does.
+SPILLED = {(1, 90): 8, (4, 80): 64, (4, 90): 8, (9, 80): 88, (9, 90): 40, (16, 80): 224}
+SPILLED |= {(16, 90): 168}
+OF_A_MODEL = {"rcut", "end", "RCUT", "END", "mu", "sigma"}
+
+
 @compiles
 def test_fused_layers_compile_for_a100_and_h100(tmp_path):
-    """Matrix instructions, 16 bytes at once to and from features, and nothing in local memory."""
+    """Matrix instructions, 16 bytes at once to and from features, and little in local memory."""
     rows = [json.loads(line) for line in run_python(LAYERS, tmp_path).splitlines()]
-    assert len(rows) == 2 * 9 + 1
+    assert len(rows) == 2 * (1 + 2 * 8 + 2) + 4
     for row in rows:
-        # A vector or quadrupole layer holds G of all components at once on the way back: with
-        # triton 3.6 up to 56 and 104 bytes of that go to local memory, with 3.9 0 and 136.
-        known = {1: 0, 4: 64, 9: 256}[row["n_comp"]] if row["name"] == "backward" else 0
-        assert row["STACK"] <= known and (known or row["spill"] == 0), row
-        # Two blocks of four warps at once at the least; four of a scalar layer's.
-        scalar = row["n_comp"] == 1 and row["real"] == "fp32"
-        assert row["REG"] <= (168 if scalar else 255), row
-        dots = row["name"] == "forward" or not row["one_hot"]
+        name, n_comp, capability = row["name"], row["n_comp"], row["capability"]
+        known = SPILLED.get((n_comp, capability), 0) if row["real"] == "fp32" else 0
+        known = known if name == "backward" and not row["one_hot"] else 0
+        # Other versions of triton differ by a few registers.
+        assert row["STACK"] <= (known and 2 * known + 64), row
+        assert known or row["spill"] == 0, row
+        # Two blocks of four warps at once at the least; five of fast forward passes.
+        light = name == "forward" and (row["real"] == "fp16" or n_comp > 4)
+        assert row["REG"] <= (168 if light else 255), row
+        dots = name != "backward" or not row["one_hot"]
         assert (row["matrix"] > 0) == dots, row
         assert (row["tf32"] > 0) == (dots and row["real"] == "fp32"), row
-        # A tile of 16 pairs and 16 features leaves each of 128 threads 8 bytes.
-        small = row["n_comp"] == 9 and row["name"] == "forward"
-        assert row["one_hot"] or small or row["wide_load"] > 0, row
-        # Forces, 3 of the sender and 3 of the receiver, and the message.
-        scatters = row["name"] == "backward"
-        least = (6 if row["one_hot"] else 7) + 9 * row["per_atom"]
-        assert (row["add"] >= least) == scatters, row
-        if scatters and not row["one_hot"] and row["real"] == "fp32" and row["capability"] == 90:
+        # 64 rows are what a warp group multiplies at once.
+        groups = n_comp > 1 and capability == 90 and row["real"] != "fp64" and name != "mirror"
+        assert (row["warp_group"] > 0) == groups, row
+        assert row["one_hot"] or row["wide_load"] > 0, row
+        assert not OF_A_MODEL & set(row["compiled_in"]), row
+        # Forces, 3 of the sender and 3 of the receiver, and the message; else no atomics.
+        least = (6 if row["one_hot"] else 7) if name == "backward" else 0
+        assert row["add"] >= least and (least or row["add"] == 0), row
+        if least == 7 and row["real"] != "fp64" and capability == 90:
             assert row["wide_add"] > 0, row
 
 

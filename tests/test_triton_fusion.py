@@ -32,7 +32,11 @@ NETWORKS = {
     "mixed Gaussians": {"n_gaussians": 9, "n_interactions": 3},
     "pairs end early": {"pair_cutoff": 2.57, "order": 1},
     "invariants": {"order": 2, "n_max": 3},
+    "third order": {"order": 3, "n_max": 4},
 }
+
+
+PLACES = {"vector": "slab", "third order": "molecule"}
 
 
 def potential_of(dtype="float64", **changes):
@@ -44,7 +48,7 @@ def potential_of(dtype="float64", **changes):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_same_as_the_closed_sums(network, dtype):
     """With a skin, and atoms that see their own images."""
-    structure = STRUCTURES["slab" if network == "vector" else "crystal"]()
+    structure = STRUCTURES[PLACES.get(network, "crystal")]()
     expected = make_potential(dtype, backend="torch", **NETWORKS[network]).evaluate(structure)
     found = fused(potential_of(dtype, **NETWORKS[network]), structure)
     relative, absolute = TOLERANCE[dtype]
@@ -138,16 +142,6 @@ def test_weights_and_backends_that_change_are_noticed():
         assert potential._fused[1].parts[0].engine.threads
 
 
-def test_the_third_order_goes_over_pairs():
-    potential, structure = potential_of(order=3, n_max=2), STRUCTURES["molecule"]()
-    assert "no fused layers for tensors of the third order" in potential.why_not_fused()
-    with pytest.raises(ValueError, match="third order in 'triton'"):
-        FusedHipnn(potential.model, "triton")
-    species = torch.from_numpy(structure.species)
-    found = potential.evaluate_geometry(species, geometry(structure, potential.rcut))
-    assert found.sums is None
-
-
 def test_no_second_derivatives():
     potential, structure = potential_of(), STRUCTURES["molecule"]()
     place = geometry(structure, potential.rcut)
@@ -173,3 +167,132 @@ def test_a_broken_kernel_is_an_error(name, monkeypatch):
     fused_device.self_check.cache_clear()
     with pytest.raises(BackendError, match=f"computes wrong {name} of a fused layer"):
         FusedHipnn(potential_of().model, "triton")
+
+
+def relative_error(found, expected):
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [("crystal", {"order": 1}), ("molecule", {"order": 2, "n_hidden": 21, "n_interactions": 1})],
+)
+def test_deterministic(place, changes, deterministic, monkeypatch):
+    """What atomics give, from kernels that have none: `test_triton_compile` looks at their code."""
+    from md_plugin.kernels import triton_fused
+
+    passes = []
+    mirror = triton_fused.mirror
+    monkeypatch.setattr(
+        triton_fused, "mirror", lambda *a, **k: (passes.append(a[5]), mirror(*a, **k))
+    )
+    structure = STRUCTURES[place]()
+    found = fused(potential_of(**changes), structure)
+    assert passes and all(gradients.own_rows for gradients in passes)
+    expected = make_potential(backend="torch", **changes).evaluate(structure)
+    close(found.forces, expected.forces, atol=1e-11 * float(expected.forces.abs().max()))
+    close(found.virial, expected.virial, atol=1e-10 * float(expected.forces.abs().max()))
+
+
+def test_deterministic_needs_all_rows(deterministic):
+    potential = potential_of()
+    domains = Domains(BOXES["crystal"](), (2, 1, 1), potential.rcut)
+    halo, place = IndexHalo(domains.owner.to(DEVICE)), Geometry(domains.x, domains.pairs)
+    with pytest.raises(RuntimeError, match=r"ghosts are added by atomics.*choose backend='torch'"):
+        potential.evaluate_geometry(domains.species, place, halo=halo)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.warns(UserWarning, match="changes from run to run"):
+        potential.evaluate_geometry(domains.species, place, halo=halo)
+
+
+def test_deterministic_needs_pairs_both_ways(deterministic):
+    pairs, _ = Pairs.from_edges(torch.tensor([0, 1, 2]), torch.tensor([1, 0, 1]), 3, 3)
+    x = torch.eye(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="some pair i -> j of the list has no pair j -> i"):
+        potential_of().evaluate_geometry(torch.tensor([1, 6, 8]), Geometry(x, pairs))
+    both, _ = Pairs.from_edges(torch.tensor([0, 1, 2, 1]), torch.tensor([1, 0, 1, 2]), 3, 3)
+    both.check_mutual()
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_fast(order):
+    """float16 has 11 bits, 2^-11 = 5e-4, and this network amplifies; float32 is within 5e-5."""
+    structure, changes = STRUCTURES["crystal"](), {"order": order, "n_feat": 17}
+    expected = make_potential(backend="torch", **changes).evaluate(structure)
+    found = fused(potential_of("fast", **changes), structure)
+    assert 1e-5 < relative_error(found.forces, expected.forces) < 2e-3
+    close(found.energy, expected.energy, atol=3e-3)
+
+
+def resized(size):
+    """A network whose features are `size` times as large, and weights of them as much smaller."""
+    model = make_model(backend="triton", n_atom_layers=0, residual=False, activation="ReLU")
+    first, second = (block[0].layer for block in model.blocks)
+    with torch.no_grad():
+        for parameter in (first.weight, *first.self_interaction.parameters()):
+            parameter.mul_(size)
+        for parameter in (second.weight, second.self_interaction.weight, model.readouts[1].weight):
+            parameter.div_(size)
+    return Potential(model, device=DEVICE, dtype="fast")
+
+
+def test_fast_whatever_the_size_of_features(monkeypatch):
+    """Powers of two take them to float16: the same forces bitwise. Without, they overflow."""
+    from md_plugin.model import fused_device
+
+    structure = STRUCTURES["molecule"]()
+    small, usual, large = (fused(resized(2.0**n), structure).forces for n in (-30, 0, 30))
+    assert usual.abs().max() > 0.1
+    assert torch.equal(small, usual) and torch.equal(large, usual)
+    monkeypatch.setattr(fused_device, "_power", torch.ones_like)
+    with pytest.raises(AssertionError):
+        close(fused(resized(2.0**30), structure).forces, usual, atol=1.0)
+
+
+def test_fast_is_refused_where_there_is_none(deterministic):
+    with pytest.raises(ValueError, match=r"fused layers of backend 'triton'.*dtype='mixed'"):
+        Potential(make_model(backend="torch"), dtype="fast")
+    with pytest.raises(ValueError, match=r"the network in torch\.float64"):
+        FusedHipnn(make_model(backend="triton"), "triton", fast=True)
+    with pytest.raises(RuntimeError, match=r"in dtype='fast' are added by atomics.*'mixed'"):
+        fused(potential_of("fast"), STRUCTURES["molecule"]())
+
+
+def trajectory(potential, steps=8, dt=0.4):
+    """Total energies, eV, of a molecule at 2000 K, by velocity Verlet; dt in fs."""
+    structure = STRUCTURES["molecule"]()
+    mass = torch.from_numpy(np.where(structure.species == 1, 1.0, 12.0))[:, None] * 103.6427
+    species = torch.from_numpy(structure.species)
+    x, v = torch.from_numpy(structure.positions.copy()), torch.randn(6, 3, dtype=torch.float64)
+    v = torch.from_numpy(np.random.default_rng(3).normal(size=(6, 3))) * (0.1723 / mass).sqrt()
+    energies, force = [], None
+    for _ in range(steps + 1):
+        structure.positions[:] = x.numpy()
+        place = geometry(structure, potential.rcut)
+        found = potential.evaluate_geometry(species, place)
+        assert potential.dtype != "fast" or found.sums is not None
+        if force is not None:
+            v = v + 0.5 * dt * found.forces / mass
+        force = found.forces
+        energies.append(float(found.energy) + float((0.5 * mass * v * v).sum()))
+        v = v + 0.5 * dt * force / mass
+        x = x + dt * v
+    return np.array(energies)
+
+
+def test_fast_keeps_the_energy():
+    """Beside float64, which leaves the error of Verlet: energies that differ by rounding alone.
+
+    At most 1.3e-3 eV here, of forces up to 9 eV/Å; operands in bfloat16 make it 5.4e-3.
+    """
+    exact = trajectory(make_potential(backend="torch"))
+    fast = trajectory(potential_of("fast"))
+    drift = (fast - fast[0]) - (exact - exact[0])
+    assert np.abs(drift).max() < 3e-3, drift

@@ -21,7 +21,7 @@ INTEGERS |= {name: "*i32" for name in ("row_ptr", "sender", "col_ptr", "perm", "
 DOUBLES = ("x", "translations", "forces", "virials", "sent")
 
 
-def assembly(kernel, real, capability, constants, sizes, options):
+def assembly(kernel, real, capability, constants, sizes, options, half=()):
     """What Triton makes of a kernel, as its launcher would have it compiled.
 
     Args:
@@ -31,6 +31,7 @@ def assembly(kernel, real, capability, constants, sizes, options):
         constants: values of the arguments that are compiled in.
         sizes: values of the integer arguments; one is compiled in, multiples of 16 are known.
         options: num_warps and others.
+        half: names of pointers to float16.
     """
     constants = constants | {name: size for name, size in sizes.items() if size == 1}
     constants |= {name: None for name in kernel.arg_names if constants.get(name, 0) is None}
@@ -40,6 +41,8 @@ def assembly(kernel, real, capability, constants, sizes, options):
             return "constexpr"
         if name in sizes:
             return "i32"
+        if name in half:
+            return "*fp16"
         return INTEGERS.get(name, "*fp64" if name in DOUBLES else "*" + real)
 
     signature = {name: kind(name) for name in kernel.arg_names}
@@ -68,6 +71,7 @@ def findings(asm):
     patterns = {
         "spill": r"\b(LDL|STL)\b",
         "matrix": r"\b(HMMA|HGMMA|DMMA)\b",
+        "warp_group": r"\bHGMMA\b",
         "wide_load": r"\b(LDG\.E\S*\.128|LDGSTS\.E\S*\.128)",
         "load": r"\b(LDG|LDGSTS)\.E",
         "wide_add": r"\bREDG?\.E\.ADD\.F32x4",

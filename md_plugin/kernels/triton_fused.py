@@ -5,155 +5,69 @@
 
     forward    env[i, c, nu, a] = sum_p t_c(p) s_nu(r_p) z[sender(p), a]
     backward   forces, virial, dE/dz from dE/denv
+    mirror     what backward leaves out where each receiver takes only what is its own
 
-t_c are the 1, 4 or 9 components of `model.radial.tensor_components`: env comes before the weights
-in every order, so that what a pair gathers is one row of features. Receivers come in blocks, begin
-.. begin + n_block - 1, so that env of a block stays in the second-level cache. float32 products
-are made of three in tf32 each, which is as good as float32; float64 stays float64. Nothing here
-makes the host wait for the device. Kernels: `triton_layer`.
+t_c are the 1, 4, 9 or 16 components of `model.radial`: env comes before the weights in every order,
+so that what a pair gathers is one row of features. Receivers come in blocks, begin .. begin +
+n_block - 1, so that env of a block stays in the second-level cache. float32 products are made of
+three in tf32 each, which is as good as float32; float64 stays float64; z and env in float16, beside
+a float32 table, are multiplied as such and added in float32. Nothing here makes the host wait for
+the device. Kernels: `triton_layer`, `triton_mirror`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import math
-from copy import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from md_plugin.kernels import tuning
+from md_plugin.kernels.triton_arrays import Geometry, Gradients, Radial
 from md_plugin.kernels.triton_layer import backward_kernel, forward_kernel
-from md_plugin.kernels.triton_parts import SIN_TERMS, on_device, power_of_two
+from md_plugin.kernels.triton_mirror import mirror_kernel
+from md_plugin.kernels.triton_parts import (
+    PRECISION,
+    SIN_TERMS,
+    has_warp_groups,
+    on_device,
+    power_of_two,
+)
 
-N_COMPONENTS = (1, 4, 9)
-N_SUM = 10  # of a receiver: the virial row by row, and the distance of its closest pair
-_EXP2_SCALE = math.sqrt(0.5 / math.log(2.0))  # exp(-t^2 / 2) = 2^-(t scale)^2
-
-
-class Geometry(NamedTuple):
-    """Positions and pairs, on one device. Indices are not checked.
-
-    Attributes:
-        x: (n_send, 3) float64 positions, ghosts after the receivers.
-        row_ptr: (n_recv + 1,) int32, rows of the pairs.
-        sender: (n_pair,) int32; pairs from the end on are skipped.
-        translation: (n_pair,) int16, row of `translations` that is added to each sender, or None.
-        translations: (n_translation, 3) float64 lattice translations, or None.
-        species: (n_send,) int32 index of the species, for a first layer only.
-    """
-
-    x: Tensor
-    row_ptr: Tensor
-    sender: Tensor
-    translation: Tensor | None = None
-    translations: Tensor | None = None
-    species: Tensor | None = None
-
-
-class Radial(NamedTuple):
-    """Sensitivities as the kernels take them.
-
-    Attributes:
-        table: (2, n_nu) scale and offset: s = 2^-(scale / r - offset)^2 under the cutoff.
-        rcut: where the squared cosine vanishes, Å.
-        end: where pairs end, Å; at most rcut.
-    """
-
-    table: Tensor
-    rcut: float
-    end: float
-
-    @classmethod
-    def build(cls, mu: Tensor, sigma: Tensor, rcut: float, end: float | None = None) -> Radial:
-        """Of centres mu and inverse widths sigma (n_nu,), whose dtype is the network's."""
-        scale = sigma.detach().double() * _EXP2_SCALE
-        table = torch.stack([scale, scale / mu.detach().double()]).to(mu.dtype)
-        return cls(table, rcut, rcut if end is None else end)
-
-
-class Gradients:
-    """What backward passes add to.
-
-    Args:
-        where: positions and pairs.
-        n_feat: features of the layer's input; 0 for a first layer.
-        dtype: of the network.
-        per_atom: whether virials of atoms are wanted.
-
-    Attributes:
-        forces: (n_send, 3) float64.
-        messages: (n_send, n_feat), dE/dz.
-        sums: (n_recv, 10) float64, virial and closest distance of each receiver.
-        sent: (n_send, 9) float64, half of the virial of each sender's pairs; None where virials of
-            atoms are not wanted.
-    """
-
-    def __init__(self, where: Geometry, n_feat: int, dtype: torch.dtype, *, per_atom: bool = False):
-        n_recv = len(where.row_ptr) - 1
-        self.forces = torch.zeros_like(where.x)
-        self.messages = where.x.new_zeros(len(where.x), n_feat, dtype=dtype)
-        self.sums = where.x.new_zeros(n_recv, N_SUM)
-        self.sums[:, -1] = math.inf
-        self.sent = where.x.new_zeros(len(where.x), 9) if per_atom else None
-
-    def for_layer(self, n_feat: int) -> Gradients:
-        """Messages of its own; the same forces and sums."""
-        other = copy(self)
-        other.messages = self.messages.new_zeros(len(self.forces), n_feat)
-        return other
-
-    def part(self, t: int) -> Gradients:
-        """Itself: programs share everything."""
-        return self
-
-    @property
-    def row_virials(self) -> Tensor:
-        """(n_recv, 3, 3) of each receiver's pairs."""
-        return self.sums[:, :9].view(-1, 3, 3)
-
-    @property
-    def virial(self) -> Tensor:
-        """(3, 3)."""
-        return self.row_virials.sum(dim=0)
-
-    @property
-    def atom_virials(self) -> Tensor | None:
-        """(n_send, 3, 3), half of each pair's virial to each of its atoms; None if not wanted."""
-        if self.sent is None:
-            return None
-        atoms = self.sent.reshape(-1, 3, 3).clone()
-        atoms[: len(self.sums)] += 0.5 * self.row_virials
-        return atoms
-
-    @property
-    def closest(self) -> Tensor:
-        """() distance of the closest pair; infinite where there is none."""
-        return torch.cat([self.sums[:, -1], self.sums.new_full((1,), math.inf)]).min()
+N_COMPONENTS = (1, 4, 9, 16)
+# A Gaussian is felt within: beyond, s is below 2^-30 or 2^-64, and its slope below rounding.
+WINDOW = {torch.float32: 5.5, torch.float64: 8.0}
 
 
 def tiles(
-    n_comp: int, n_nu: int, n_feat: int, dtype: torch.dtype, back: bool = False
+    n_comp: int, n_nu: int, n_feat: int, dtype: torch.dtype, back: bool = False, hopper: bool = True
 ) -> dict[str, int]:
     """Block sizes, and how many warps share a program.
 
-    tl.dot takes no side below 16. The products of float32 hold their operands twice, and those of
-    float64 in twice the space: what does not spill into memory on sm_80 and sm_90 was found by
-    looking at compiled code. ALIGN is a power of two that divides n_feat, so that rows load in 16
-    bytes. One stage: more would hold the next tile's loads in registers.
+    tl.dot takes no side below 16; GROUP components times BLOCK_NU make the rows of a product, 64
+    of them for tensors. The products of float32 hold their operands twice, and those of float64 in
+    twice the space: what compiles to the fewest instructions without filling local memory on sm_80
+    and sm_90 was found by looking at compiled code (docs/gpu_kernels.md). ALIGN is a power of two
+    that divides n_feat, so that rows load in 16 bytes. One stage: more would hold the next tile's
+    loads in registers.
     """
-    single = dtype == torch.float32
+    half, double, scalar = dtype == torch.float16, dtype == torch.float64, n_comp == 1
     if back:
-        most, warps = (32, 4) if single else (16, 4 if n_comp == 1 else 8)
+        most = 16 if double else 128 if half else 64 if n_comp == 4 or scalar else 32
+        pairs, warps = 16, (4 if scalar else 8) if double else 2 if scalar else 4
     else:
-        most = 16 if n_comp == 9 else 64 if single else 32
-        warps = 2 if n_comp == 1 else 4
+        most = 32 if double else 64 if scalar else 128
+        pairs = 32 if half or (hopper and not double and not scalar) else 16
+        warps = 2 if scalar else 4
     return {
         "ALIGN": math.gcd(n_feat, 16),
-        "BLOCK_P": 16,
-        "BLOCK_NU": power_of_two(n_nu, 16, 32),
+        "GROUP": 1 if scalar else 4,
+        "GROUPS": 1 if scalar else triton.cdiv(n_comp, 4),
+        "BLOCK_P": pairs,
+        "BLOCK_NU": power_of_two(n_nu, 16, 32 if scalar and not back else 16),
         "BLOCK_F": power_of_two(n_feat, 16, most),
         "num_warps": warps,
         "num_stages": 1,
@@ -161,25 +75,24 @@ def tiles(
 
 
 def forward(where: Geometry, radial: Radial, z: Tensor | None, env: Tensor, begin: int = 0) -> None:
-    """Write env (n_block, 1 | 4 | 9, n_nu, n_feat) of receivers begin .. begin + n_block - 1.
+    """Write env (n_block, 1 | 4 | 9 | 16, n_nu, n_feat) of receivers begin .. begin + n_block - 1.
 
-    z (n_send, n_feat) is None in a one-hot first layer: n_feat is then the number of species.
+    z (n_send, n_feat) is None in a one-hot first layer: n_feat is then the number of species. Both
+    may be float16 beside a table in float32.
 
     Raises:
-        TypeError: an array is not of the table's dtype.
+        TypeError: an array is not of the table's dtype, or of another than its partner's.
         ValueError: an array has the wrong shape, is not contiguous, or is on another device.
     """
     _check(where, radial, z, env, begin)
     n_block, _, n_nu, n_feat = env.shape
     chosen = options(radial, env)
-    grid = (
-        n_block,
-        triton.cdiv(n_feat, chosen["BLOCK_F"]),
-        triton.cdiv(n_nu, chosen["BLOCK_NU"]),
-    )
+    n_part = triton.cdiv(n_nu, chosen["BLOCK_NU"]) * chosen["GROUPS"]
     if env.numel():
         with on_device(env):
-            forward_kernel[grid](*where, z, radial.table, env, begin, n_nu, n_feat, **chosen)
+            forward_kernel[(n_block, triton.cdiv(n_feat, chosen["BLOCK_F"]), n_part)](
+                *where, z, *radial, env, begin, n_nu, n_feat, **chosen
+            )
 
 
 def backward(
@@ -189,72 +102,142 @@ def backward(
     ge: Tensor,
     gradients: Gradients,
     begin: int = 0,
+    *,
+    scale: Tensor | None = None,
 ) -> None:
     """Add what ge = dE/denv of a block gives to forces, dE/dz, and sums of its receivers.
 
+    scale (2, n_block), with float16 only: what messages and forces of each receiver are multiplied
+    by.
+
     Raises:
-        TypeError: an array is not of the table's dtype.
+        TypeError: an array is not of the table's dtype, or of another than its partner's.
         ValueError: an array has the wrong shape, is not contiguous, or is on another device.
     """
     _check(where, radial, z, ge, begin)
-    if z is not None:
-        _check_senders(where, radial, gradients.messages, ge.shape[3])
+    if scale is not None:
+        _check_array(radial, scale)
+        _check_shape("powers of two", scale, (2, len(ge)))
+    if z is not None and not gradients.own_rows:
+        _check_array(radial, gradients.messages)
+        _check_shape("features of senders", gradients.messages, (len(where.x), ge.shape[3]))
     n_block, _, n_nu, n_feat = ge.shape
-    chosen = options(radial, ge, back=True)
+    chosen = options(radial, ge, back=True) | {"OWN_ROW": gradients.own_rows}
     if ge.numel():
         with on_device(ge):
             backward_kernel[(n_block,)](
-                *where, z, radial.table, ge, gradients.forces, gradients.messages, gradients.sums,
-                gradients.sent, begin, n_nu, n_feat, **chosen,
+                *where, z, *radial, ge, scale, gradients.forces, gradients.messages,
+                gradients.sums, gradients.sent, begin, n_nu, n_feat, **chosen,
             )  # fmt: skip
 
 
-def options(radial: Radial, env: Tensor, back: bool = False) -> dict[str, Any]:
-    """What is compiled in, for an array of this shape and dtype, and how it is launched."""
+def mirror(
+    where: Geometry,
+    radial: Radial,
+    g: Tensor,
+    q: Tensor,
+    h: Tensor | None,
+    gradients: Gradients,
+    *,
+    begin: int = 0,
+) -> None:
+    """Add to the forces of a block what other receivers' pairs with it give; write h where given.
+
+    g (n_recv, C, n_hidden) is dE/dm of all receivers; q and h (n_block, n_nu, n_hidden) are
+    z V and, before V, dE/dz of the block. See `triton_mirror`.
+
+    Raises:
+        TypeError: an array is not of the table's dtype.
+        ValueError: senders that are not receivers, or an array has the wrong shape, is not
+            contiguous, or is on another device.
+    """
+    n_recv, n_nu = len(where.row_ptr) - 1, radial.table.shape[1]
+    if n_recv != len(where.x):
+        raise ValueError(
+            f"{len(where.x)} senders, but {n_recv} receivers: the rows of ghosts are not here"
+        )
+    _check_shape("gradients of sums", g, (n_recv, g.shape[1], g.shape[-1]))
+    for array in (q,) if h is None else (q, h):
+        _check_shape("an array of a block", array, (len(q), n_nu, g.shape[-1]))
+    for array in (g, q) if h is None else (g, q, h):
+        _check_array(radial, array)
+    chosen = mirror_options(g, n_nu)
+    if q.numel():
+        with on_device(q):
+            mirror_kernel[(len(q),)](
+                *where[:-1], *radial, g, q, h, gradients.forces, begin, n_nu, g.shape[2], **chosen
+            )
+
+
+def options(
+    radial: Radial, env: Tensor, back: bool = False, hopper: bool | None = None
+) -> dict[str, Any]:
+    """What is compiled in, for an array of this shape and dtype, and how it is launched.
+
+    For the array's device, or for one that has warp groups, or has not.
+    """
     _, n_comp, n_nu, n_feat = env.shape
-    tile: dict[str, Any] = dict(tiles(n_comp, n_nu, n_feat, env.dtype, back))
+    real, half = radial.table.dtype, env.dtype == torch.float16
+    hopper = has_warp_groups(env.device) if hopper is None else hopper
+    tile: dict[str, Any] = dict(tiles(n_comp, n_nu, n_feat, env.dtype, back, hopper))
     tile |= tuning.chosen("backward" if back else "forward", env.shape, env.dtype, env.device)
     if back:
         tile["NU_BLOCKS"] = triton.cdiv(n_nu, tile["BLOCK_NU"])
         tile["F_BLOCKS"] = triton.cdiv(n_feat, tile["BLOCK_F"])
-    return tile | {
-        "RCUT": radial.rcut,
-        "END": radial.end,
-        "TERMS": SIN_TERMS[env.dtype],
-        "PRECISION": "tf32x3" if env.dtype == torch.float32 else "ieee",
-        "N_COMP": n_comp,
-        "enable_fp_fusion": True,
+        # Each fewer instructions or fewer spilled registers, and only there.
+        tile["TURNED"] = not hopper and real == env.dtype == torch.float32 and n_comp == 4
+        tile["UNROLL"] = tile["GROUPS"] if half and n_comp == 9 else 1
+        tile["OWN_ROW"] = False
+    return tile | _common(real) | {"WINDOW": WINDOW[real], "N_COMP": n_comp}
+
+
+def mirror_options(g: Tensor, n_nu: int) -> dict[str, Any]:
+    """The same for `mirror`."""
+    single, n_hidden = g.dtype == torch.float32, g.shape[2]
+    block = power_of_two(n_hidden, 16, 32 if single else 16)
+    return _common(g.dtype) | {
+        "N_COMP": g.shape[1],
+        "B_BLOCKS": triton.cdiv(n_hidden, block),
+        "BLOCK_P": 16,
+        "BLOCK_NU": power_of_two(n_nu, 16, 1 << 30),
+        "BLOCK_B": block,
+        "num_warps": 4,
+        "num_stages": 1,
     }
+
+
+def _common(real: torch.dtype) -> dict[str, Any]:
+    return {"TERMS": SIN_TERMS[real], "PRECISION": PRECISION[real], "enable_fp_fusion": True}
 
 
 def _check(where: Geometry, radial: Radial, z: Tensor | None, env: Tensor, begin: int) -> None:
     """Of an array with a tile (n_comp, n_nu, n_feat) for each receiver of a block."""
-    _check_array(radial, env)
+    half = z is not None and radial.table.dtype == torch.float32
+    _check_array(radial, env, half)
     n_nu, n_recv = radial.table.shape[1], len(where.row_ptr) - 1
     if env.ndim != 4 or env.shape[1] not in N_COMPONENTS or env.shape[2] != n_nu:
         shape = tuple(env.shape)
         raise ValueError(
-            f"an array of a block is {shape}, not (n_block, 1 | 4 | 9, {n_nu}, n_feat)"
+            f"an array of a block is {shape}, not (n_block, 1 | 4 | 9 | 16, {n_nu}, n_feat)"
         )
     if not 0 <= begin <= begin + len(env) <= n_recv:
         raise ValueError(f"receivers {begin} .. {begin + len(env) - 1}, but there are {n_recv}")
     if z is not None:
-        _check_senders(where, radial, z, env.shape[3])
+        _check_array(radial, z, half)
+        _check_shape("features of senders", z, (len(where.x), env.shape[3]))
+        if z.dtype != env.dtype:
+            raise TypeError(f"features of senders are {z.dtype}, the array of a block {env.dtype}")
     elif where.species is None or len(where.species) != len(where.x):
         raise ValueError(f"a first layer needs the species of all {len(where.x)} atoms")
 
 
-def _check_senders(where: Geometry, radial: Radial, sent: Tensor, n_feat: int) -> None:
-    """Of an array with features of each sender."""
-    _check_array(radial, sent)
-    if sent.shape != (len(where.x), n_feat):
-        raise ValueError(
-            f"features of senders have shape {tuple(sent.shape)}, not {len(where.x), n_feat}"
-        )
+def _check_shape(name: str, array: Tensor, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} have shape {tuple(array.shape)}, not {shape}")
 
 
-def _check_array(radial: Radial, array: Tensor) -> None:
-    if array.dtype != radial.table.dtype:
+def _check_array(radial: Radial, array: Tensor, half: bool = False) -> None:
+    if array.dtype != radial.table.dtype and not (half and array.dtype == torch.float16):
         raise TypeError(
             f"an array is {array.dtype}, the table of sensitivities {radial.table.dtype}"
         )

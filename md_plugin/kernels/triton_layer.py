@@ -2,20 +2,26 @@
 
     env[i, c, nu, a] = sum_p t_c(p) s_nu(r_p) z[j, a],    j = sender(p)                 (forward)
 
-and from ge = dE/denv, with G_c[p, nu] = sum_a z[j, a] ge[i, c, nu, a]                 (backward)
+and from ge = dE/denv, with G[c, nu, p] = sum_a z[j, a] ge[i, c, nu, a]                (backward)
 
-    message    dE/dz[j, a] += sum_{c, nu} t_c s_nu ge[i, c, nu, a]
-    dE/dr_p    = sum_{c, nu} t_c s'_nu G_c[p, nu]         dE/dt_c = sum_nu s_nu G_c[p, nu]
-    pair force   g_p = dE/dr r_hat + (dE/dr_hat - (dE/dr_hat . r_hat) r_hat) / r
+    message      dE/dz[j, a] += sum_{c, nu} t_c s_nu ge[i, c, nu, a]
+    dE/dr_p      = sum_c t_c sum_nu s'_nu G[c, nu, p]
+    dE/dr_hat_p  = sum_c dt_c/dr_hat sum_nu s_nu G[c, nu, p]
     F[i] += g_p        F[j] -= g_p        virial[i] -= r_p (x) g_p
 
-A scalar layer has t = 1 only. In a first layer z is one-hot: env counts species, G_c is a row of
-ge, and of a sender nothing is read but its species. Functions of the distance, t and G stay in
-registers; sums over pairs and over features are products of tiles.
+A scalar layer has t = 1 only. In a first layer z is one-hot: env counts species, G is a row of ge,
+and of a sender nothing is read but its species. Functions of the distance, t and G stay in
+registers; sums over pairs and over features are products of tiles, whose rows are all c of a group
+and all nu of a block: 64 and more are what Hopper's warp groups multiply at once.
 
 A program has one receiver and goes over its row in tiles of pairs, of which those beyond the end
-are given the end as distance and no features: nothing of them is felt, and NaN shows. What goes to
-senders is added by atomics, so the last bits of forces and messages change from run to run.
+are given the end as distance and no features: nothing of them is felt, and NaN shows. Blocks of nu
+that no pair of a tile feels are left out. What goes to senders is added by atomics, so the last
+bits of forces and messages change from run to run; with OWN_ROW nothing goes there, and
+`triton_mirror` finds the same from the senders' own rows.
+
+Where z and env are float16, so are the operands of products, which are added in float32; `scale`
+has the powers of two that messages and forces are multiplied by.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
@@ -25,40 +31,55 @@ import triton
 import triton.language as tl
 
 from md_plugin.kernels.triton_pairs import (
+    add_force,
     add_products,
-    add_row,
+    add_sums,
+    add_to_senders,
     added,
+    component_slopes,
     components,
-    dot_product,
     gaussians,
     handed_out,
     pair_force,
+    reached,
+    span,
+    summed,
     vectors,
 )
 from md_plugin.kernels.triton_parts import cosine_cutoff
 
 
 @triton.jit
-def _features(z, species, j, felt, f, n_feat, table):
+def _features(z, species, j, felt, f, n_feat, like):
     """(pairs, features) of senders; one-hot where z is None."""
     if z is None:
         kind = tl.load(species + j)
-        return ((kind[:, None] == f[None, :]) & felt[:, None]).to(table.dtype.element_ty)
+        return ((kind[:, None] == f[None, :]) & felt[:, None]).to(like.dtype.element_ty)
     else:
         live = felt[:, None] & (f < n_feat)[None, :]
         return tl.load(z + j[:, None] * n_feat + f[None, :], mask=live, other=0.0)
 
 
 @triton.jit
-def _rows(env, row, c, nu, f, n_nu, n_feat, N_COMP: tl.constexpr):
-    """Places of (nu, features) of one component of a receiver of the block, and which are there."""
-    place = (row * N_COMP + c) * n_nu + nu
-    return env + place[:, None] * n_feat + f[None, :], (nu < n_nu)[:, None] & (f < n_feat)[None, :]
+def _rows(row, c, nu, n_nu, N_COMP: tl.constexpr):
+    """(c nu,) rows of a receiver of the block in env, and which are there."""
+    place = (row * N_COMP + c)[:, None] * n_nu + nu[None, :]
+    real = (c < N_COMP)[:, None] & (nu < n_nu)[None, :]
+    n: tl.constexpr = c.shape[0] * nu.shape[0]
+    return tl.reshape(place, (n,)), tl.reshape(real, (n,))
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, like):
-    return (tl.zeros((ROWS, COLUMNS), dtype=like.dtype.element_ty),) * N
+def _env(env, rows, real, f, n_feat):
+    """Places of rows (c nu, features), and which are there."""
+    return env + rows[:, None] * n_feat + f[None, :], real[:, None] & (f < n_feat)[None, :]
+
+
+@triton.jit
+def _sensed(t, s):
+    """t_c s_nu (c nu, pairs)."""
+    n: tl.constexpr = t.shape[0] * s.shape[0]
+    return tl.reshape(t[:, None, :] * s[None, :, :], (n, s.shape[1]))
 
 
 @triton.jit
@@ -66,169 +87,195 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
-@triton.jit
-def _add_sensed(total, s, t, sent, N_COMP: tl.constexpr, PRECISION: tl.constexpr):
-    """total_c + sum_p t_c s z."""
-    added = ()
-    for c in tl.static_range(N_COMP):
-        added = added + (_dot(tl.trans(s * t[c][:, None]), sent, total[c], PRECISION),)
-    return added
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["begin"])
 def forward_kernel(
-    x, row_ptr, sender, translation, translations, species, z, table, env, begin, n_nu, n_feat,
-    RCUT: tl.constexpr, END: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
-    N_COMP: tl.constexpr, ALIGN: tl.constexpr,
+    x, row_ptr, sender, translation, translations, species, z, table, limits, env,
+    begin, n_nu, n_feat,
+    TERMS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, N_COMP: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Writes BLOCK_NU sensitivities and BLOCK_F features of all components of one receiver."""
+    """Writes GROUP components, BLOCK_NU sensitivities and BLOCK_F features of one receiver."""
     n_feat = n_feat // ALIGN * ALIGN
+    rcut, end = tl.load(limits), tl.load(limits + 1)
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    nu = tl.program_id(2) * BLOCK_NU + tl.arange(0, BLOCK_NU)
+    part = tl.program_id(2)
+    c = part % GROUPS * GROUP + tl.arange(0, GROUP)
+    nu = part // GROUPS * BLOCK_NU + tl.arange(0, BLOCK_NU)
     i = begin + row
     last = tl.load(row_ptr + i + 1).to(tl.int64)
-    total = _zeros(BLOCK_NU, BLOCK_F, N_COMP, env)
+    total = tl.zeros((GROUP * BLOCK_NU, BLOCK_F), dtype=table.dtype.element_ty)
     for p0 in range(tl.load(row_ptr + i).to(tl.int64), last, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        j, felt, d, r, q = vectors(x, sender, translation, translations, i, p, last, END, table)
-        cut = cosine_cutoff(r, RCUT, END, TERMS)[0]
-        near, q, cut, ux, uy, uz = handed_out(
-            (felt.to(tl.int32), q, cut, d[0] * q, d[1] * q, d[2] * q)
-        )
-        s = gaussians(table, q, nu, n_nu)[0] * cut[:, None]
-        sent = _features(z, species, j, near != 0, f, n_feat, table)
-        t = components((ux, uy, uz), N_COMP)
-        total = _add_sensed(total, s, t, sent, N_COMP, PRECISION)
-    for c in tl.static_range(N_COMP):
-        place, real = _rows(env, row, c, nu, f, n_nu, n_feat, N_COMP)
-        tl.store(place, total[c], mask=real)
+        j, felt, d, r, q = vectors(x, sender, translation, translations, i, p, last, end)
+        low, high = span(q, felt)
+        if reached(table, nu, n_nu, low, high, WINDOW):
+            cut, _, _ = cosine_cutoff(r, rcut, end, TERMS)
+            near, q, cut, ux, uy, uz = handed_out(
+                (felt.to(tl.int32), q, cut, d[0] * q, d[1] * q, d[2] * q)
+            )
+            sensed = gaussians(table, q, nu, n_nu)[0] * cut[None, :]
+            if N_COMP > 1:
+                sensed = _sensed(components(c, (ux, uy, uz), N_COMP), sensed)
+            sent = _features(z, species, j, near != 0, f, n_feat, table)
+            total = _dot(sensed.to(sent.dtype), sent, total, PRECISION)
+    rows, real = _rows(row, c, nu, n_nu, N_COMP)
+    place, real = _env(env, rows, real, f, n_feat)
+    tl.store(place, total.to(env.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _add_folded(
-    found, ge, sent, row, nu, f, n_nu, n_feat, N_COMP: tl.constexpr, PRECISION: tl.constexpr
-):
-    """G_c + sum_a z ge."""
-    added = ()
-    for c in tl.static_range(N_COMP):
-        place, real = _rows(ge, row, c, nu, f, n_nu, n_feat, N_COMP)
-        rows = tl.load(place, mask=real, other=0.0)
-        added = added + (_dot(sent, tl.trans(rows), found[c], PRECISION),)
-    return added
+def _one_hot(ge, species, j, felt, row, c, nu, n_nu, n_feat, N_COMP: tl.constexpr):
+    """G (c, nu, pairs), which one-hot features only read."""
+    kind = tl.load(species + j)[None, None, :]
+    real = (c < N_COMP)[:, None, None] & (nu < n_nu)[None, :, None]
+    live = real & felt[None, None, :] & (kind >= 0) & (kind < n_feat)
+    place = ((row * N_COMP + c)[:, None] * n_nu + nu[None, :])[:, :, None] * n_feat + kind
+    return tl.load(ge + place, mask=live, other=0.0)
 
 
 @triton.jit
-def _folded(
-    z, species, ge, j, felt, row, nu, n_nu, n_feat, N_COMP: tl.constexpr, PRECISION: tl.constexpr,
-    F_BLOCKS: tl.constexpr, BLOCK_F: tl.constexpr,
+def _products(
+    ge, rows, real, f, n_feat, sent, t, s, message, PRECISION: tl.constexpr,
+    OWN_ROW: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """G_c (pairs, nu): features times ge, which one-hot features only read."""
-    if z is None:
-        kind = tl.load(species + j)[:, None]
-        live = felt[:, None] & (nu < n_nu)[None, :] & (kind >= 0) & (kind < n_feat)
-        found = ()
-        for c in tl.static_range(N_COMP):
-            place = ((row * N_COMP + c) * n_nu + nu)[None, :] * n_feat + kind
-            found = found + (tl.load(ge + place, mask=live, other=0.0),)
-        return found
-    else:
-        found = _zeros(j.shape[0], nu.shape[0], N_COMP, ge)
-        for k in range(F_BLOCKS):
-            f = k * BLOCK_F + tl.arange(0, BLOCK_F)
-            sent = _features(z, species, j, felt, f, n_feat, ge)
-            found = _add_folded(found, ge, sent, row, nu, f, n_nu, n_feat, N_COMP, PRECISION)
-        return found
+    """G (c, nu, pairs) of a block of features, and the message with what these rows give."""
+    place, real = _env(ge, rows, real, f, n_feat)
+    of_env = tl.load(place, mask=real, other=0.0)
+    n_comp: tl.constexpr = t.shape[0]
+    n_nu: tl.constexpr = s.shape[0]
+    n_pair: tl.constexpr = s.shape[1]
+    none = tl.zeros((n_comp * n_nu, n_pair), dtype=s.dtype)
+    g = _dot(of_env, tl.trans(sent), none, PRECISION)
+    if not OWN_ROW:
+        sensed = _sensed(t, s).to(of_env.dtype)
+        if TURNED:
+            message = _dot(tl.trans(of_env), sensed, message, PRECISION)
+        else:
+            message = _dot(tl.trans(sensed), of_env, message, PRECISION)
+    return tl.reshape(g, (n_comp, n_nu, n_pair)), message
 
 
 @triton.jit
-def _send(
-    ge, messages, table, j, felt, q, cut, t, row, n_nu, n_feat,
-    N_COMP: tl.constexpr, PRECISION: tl.constexpr, NU_BLOCKS: tl.constexpr, F_BLOCKS: tl.constexpr,
-    BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Adds sum_{c, nu} t_c s ge to the messages of the senders."""
-    for k in range(F_BLOCKS):
-        f = k * BLOCK_F + tl.arange(0, BLOCK_F)
-        message = tl.zeros((j.shape[0], BLOCK_F), dtype=ge.dtype.element_ty)
-        for block in tl.static_range(NU_BLOCKS):
-            nu = block * BLOCK_NU + tl.arange(0, BLOCK_NU)
-            s = gaussians(table, q, nu, n_nu)[0] * cut[:, None]
-            for c in tl.static_range(N_COMP):
-                place, real = _rows(ge, row, c, nu, f, n_nu, n_feat, N_COMP)
-                rows = tl.load(place, mask=real, other=0.0)
-                message = _dot(s * t[c][:, None], rows, message, PRECISION)
-        live = felt[:, None] & (f < n_feat)[None, :]
-        target = messages + j[:, None] * n_feat + f[None, :]
-        tl.atomic_add(target, message, mask=live, sem="relaxed")
+def _added_slopes(of, g, s, slope, t, c, unit, N_COMP: tl.constexpr):
+    """dE/dr and dE/dr_hat (pairs) with what G of some c and nu gives."""
+    of_r, of_x, of_y, of_z = of
+    of_r += t * tl.sum(g * slope[None, :, :], axis=1)
+    if N_COMP > 1:
+        of_t = tl.sum(g * s[None, :, :], axis=1)
+        dx, dy, dz = component_slopes(c, unit, N_COMP)
+        of_x += of_t * dx
+        of_y += of_t * dy
+        of_z += of_t * dz
+    return of_r, of_x, of_y, of_z
 
 
 @triton.jit
-def _row_sums(tiles, weight):
+def _summed(tiles):
     sums = ()
     for k in tl.static_range(len(tiles)):
-        sums = sums + (tl.sum(tiles[k] * weight, axis=1),)
+        sums = sums + (tl.sum(tiles[k], axis=0),)
     return sums
 
 
 @triton.jit
-def _send_virial(sent, j, felt, d, g_p):
-    """Adds -r (x) g / 2 to the virials of the senders."""
-    for a in tl.static_range(3):
-        for b in tl.static_range(3):
-            half = d[a].to(tl.float64) * g_p[b].to(tl.float64) * -0.5
-            tl.atomic_add(sent + j * 9 + 3 * a + b, half, mask=felt, sem="relaxed")
+def _send(messages, message, j, near, f, n_feat, weight, TURNED: tl.constexpr):
+    if TURNED:
+        message = tl.trans(message)
+    live = near[:, None] & (f < n_feat)[None, :]
+    target = messages + j[:, None] * n_feat + f[None, :]
+    tl.atomic_add(target, message * weight, mask=live, sem="relaxed")
 
 
 @triton.jit
-def backward_kernel(
-    x, row_ptr, sender, translation, translations, species, z, table, ge, forces, messages, sums,
-    sent, begin, n_nu, n_feat,
-    RCUT: tl.constexpr, END: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
-    N_COMP: tl.constexpr, ALIGN: tl.constexpr, NU_BLOCKS: tl.constexpr, F_BLOCKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
+def _tile_slopes(
+    species, z, table, ge, messages, weight, row, j, near, low, high, q, cut, cut_slope, unit,
+    n_nu, n_feat,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr, N_COMP: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, NU_BLOCKS: tl.constexpr, F_BLOCKS: tl.constexpr, BLOCK_NU: tl.constexpr,
+    BLOCK_F: tl.constexpr, OWN_ROW: tl.constexpr, TURNED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Adds to forces, messages, the row of sums of one receiver and, unless None, to sent."""
+    """dE/dr and dE/dr_hat of a tile of pairs, as terms to add up; sends its messages."""
+    n_pair: tl.constexpr = j.shape[0]
+    of = (tl.zeros((GROUP, n_pair), q.dtype),) * 4
+    blocks: tl.constexpr = 1 if z is None else F_BLOCKS
+    for block in range(blocks):
+        f = block * BLOCK_F + tl.arange(0, BLOCK_F)
+        message = tl.zeros((BLOCK_F, n_pair) if TURNED else (n_pair, BLOCK_F), q.dtype)
+        if z is not None:
+            sent = _features(z, species, j, near, f, n_feat, table)
+        for part in range(NU_BLOCKS):
+            nu = part * BLOCK_NU + tl.arange(0, BLOCK_NU)
+            if reached(table, nu, n_nu, low, high, WINDOW):
+                s, decay = gaussians(table, q, nu, n_nu)
+                slope = s * (cut_slope[None, :] + (cut * q * q)[None, :] * decay)
+                s *= cut[None, :]
+                for group in tl.range(0, GROUPS, loop_unroll_factor=UNROLL):
+                    c = group * GROUP + tl.arange(0, GROUP)
+                    t = components(c, unit, N_COMP)
+                    if z is None:
+                        g = _one_hot(ge, species, j, near, row, c, nu, n_nu, n_feat, N_COMP)
+                    else:
+                        rows, real = _rows(row, c, nu, n_nu, N_COMP)
+                        g, message = _products(
+                            ge, rows, real, f, n_feat, sent, t, s, message,
+                            PRECISION, OWN_ROW, TURNED,
+                        )  # fmt: skip
+                    of = _added_slopes(of, g, s, slope, t, c, unit, N_COMP)
+        if z is not None and not OWN_ROW:
+            _send(messages, message, j, near, f, n_feat, weight, TURNED)
+    return of
+
+
+@triton.jit(do_not_specialize=["begin"])
+def backward_kernel(
+    x, row_ptr, sender, translation, translations, species, z, table, limits, ge, scale,
+    forces, messages, sums, sent, begin, n_nu, n_feat,
+    TERMS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, N_COMP: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NU_BLOCKS: tl.constexpr,
+    F_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
+    OWN_ROW: tl.constexpr, TURNED: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Adds to forces, messages, the row of sums of one receiver and, unless None, to sent.
+
+    TURNED messages are (features, pairs) until they are sent. UNROLL: groups per turn of a loop.
+    """
     n_feat = n_feat // ALIGN * ALIGN
+    rcut, end = tl.load(limits), tl.load(limits + 1)
     row = tl.program_id(0).to(tl.int64)
     i = begin + row
     last = tl.load(row_ptr + i + 1).to(tl.int64)
     zero = tl.zeros((BLOCK_P,), dtype=table.dtype.element_ty)
+    of_message, of_force = 1.0, 1.0
+    if scale is not None:
+        of_message = tl.load(scale + row)
+        of_force = tl.load(scale + tl.num_programs(0) + row)
     force, least = (zero, zero, zero), zero + float("inf")
     virial = (force, force, force)
     for p0 in range(tl.load(row_ptr + i).to(tl.int64), last, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        j, felt, d, r, q = vectors(x, sender, translation, translations, i, p, last, END, table)
-        cut, cut_slope, _ = cosine_cutoff(r, RCUT, END, TERMS)
-        unit = (d[0] * q, d[1] * q, d[2] * q)
-        near, q_, cut, cut_slope, ux, uy, uz = handed_out(
-            (felt.to(tl.int32), q, cut, cut_slope) + unit
+        j, felt, d, r, q = vectors(x, sender, translation, translations, i, p, last, end)
+        low, high = span(q, felt)
+        cut, cut_slope, _ = cosine_cutoff(r, rcut, end, TERMS)
+        near, q, cut, cut_slope, ux, uy, uz = handed_out(
+            (felt.to(tl.int32), q, cut, cut_slope, d[0] * q, d[1] * q, d[2] * q)
         )
-        t = components((ux, uy, uz), N_COMP)
-        of_t, of_r = (zero,) * N_COMP, zero
-        for block in tl.static_range(NU_BLOCKS):
-            nu = block * BLOCK_NU + tl.arange(0, BLOCK_NU)
-            g = _folded(
-                z, species, ge, j, near != 0, row, nu, n_nu, n_feat,
-                N_COMP, PRECISION, F_BLOCKS, BLOCK_F,
-            )  # fmt: skip
-            gaussian, decay = gaussians(table, q_, nu, n_nu)
-            slope = gaussian * (cut_slope[:, None] + (cut * q_ * q_)[:, None] * decay)
-            of_t = added(of_t, _row_sums(g, gaussian * cut[:, None]))
-            of_r += dot_product(_row_sums(g, slope), t)
-        if z is not None:
-            _send(
-                ge, messages, table, j, near != 0, q_, cut, t, row, n_nu, n_feat,
-                N_COMP, PRECISION, NU_BLOCKS, F_BLOCKS, BLOCK_NU, BLOCK_F,
-            )  # fmt: skip
-        found = handed_out(of_t + (of_r,))
-        g_p = pair_force(found, unit, q, N_COMP)
-        for k in tl.static_range(3):
-            tl.atomic_add(forces + j * 3 + k, -g_p[k].to(tl.float64), mask=felt, sem="relaxed")
-        if sent is not None:
-            _send_virial(sent, j, felt, d, g_p)
+        of = _tile_slopes(
+            species, z, table, ge, messages, of_message, row, j, near != 0, low, high,
+            q, cut, cut_slope, (ux, uy, uz), n_nu, n_feat,
+            WINDOW, PRECISION, N_COMP, GROUP, GROUPS, NU_BLOCKS, F_BLOCKS, BLOCK_NU, BLOCK_F,
+            OWN_ROW, TURNED, UNROLL,
+        )  # fmt: skip
+        of_r, of_x, of_y, of_z = handed_out(summed(of))
+        # Once more: less than keeping them in registers meanwhile.
+        j, felt, d, r, q = vectors(x, sender, translation, translations, i, p, last, end)
+        unit = (d[0] * q, d[1] * q, d[2] * q)
+        g_p = pair_force(of_r * of_force, (of_x, of_y, of_z), unit, q * of_force)
+        if not OWN_ROW:
+            add_to_senders(forces, sent, j, felt, d, g_p)
         force = added(force, g_p)
         virial = add_products(virial, d, g_p)
         least = tl.minimum(least, tl.where(felt, r, float("inf")))
-    add_row(forces, sums, i, force, virial, least)
+    add_force(forces, i, force, OWN_ROW)
+    add_sums(sums, i, virial, least)

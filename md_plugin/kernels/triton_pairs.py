@@ -1,7 +1,10 @@
 """What Triton kernels of a fused layer do with each pair by itself; kernels: `triton_layer`.
 
 r_p = x[j] + translation(p) - x[i]        1/r        G_nu = 2^-(scale / r - offset)^2
-t_c = 1;  r_hat;  r_hat r_hat^T - 1/3     pair force from dE/dr and dE/dt_c
+t_c = 1;  r_hat;  traceless r_hat r_hat and r_hat r_hat r_hat, see `md_plugin.model.radial`
+g_p = dE/dr r_hat + (dE/dr_hat - (dE/dr_hat . r_hat) r_hat) / r
+
+A Gaussian is felt where |scale / r - offset| < WINDOW; beyond, it is below rounding.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
@@ -12,9 +15,8 @@ import triton.language as tl
 
 
 @triton.jit
-def vectors(x, sender, translation, translations, i, p, last, END: tl.constexpr, table):
+def vectors(x, sender, translation, translations, i, p, last, end):
     """j, whether the pair is felt, r_ij, r and 1/r: float64 differences, then rounded."""
-    real = table.dtype.element_ty
     live = p < last
     j = tl.load(sender + p, mask=live, other=0).to(tl.int64)
     dx = tl.load(x + j * 3) - tl.load(x + i * 3)
@@ -23,10 +25,10 @@ def vectors(x, sender, translation, translations, i, p, last, END: tl.constexpr,
     if translation is not None:  # the sender's image
         shift = translations + tl.load(translation + p, mask=live, other=0).to(tl.int32) * 3
         dx, dy, dz = dx + tl.load(shift), dy + tl.load(shift + 1), dz + tl.load(shift + 2)
-    dx, dy, dz = dx.to(real), dy.to(real), dz.to(real)
+    dx, dy, dz = dx.to(end.dtype), dy.to(end.dtype), dz.to(end.dtype)
     r2 = dx * dx + dy * dy + dz * dz
-    felt = live & ((r2 >= END * END) == 0)
-    r2 = tl.where(felt, r2, END * END)
+    felt = live & ((r2 >= end * end) == 0)
+    r2 = tl.where(felt, r2, end * end)
     dx, dy, dz = tl.where(felt, dx, 0.0), tl.where(felt, dy, 0.0), tl.where(felt, dz, 0.0)
     q = tl.rsqrt(r2)
     q += 0.5 * q * (1.0 - r2 * q * q)  # the instruction is right to 22 bits
@@ -49,50 +51,79 @@ def handed_out(numbers):
 
 @triton.jit
 def gaussians(table, q, nu, n_nu):
-    """G (pairs, nu), and how its logarithm changes with r, times r^2."""
-    scale = tl.load(table + nu, mask=nu < n_nu, other=0.0)[None, :]
-    offset = tl.load(table + n_nu + nu, mask=nu < n_nu, other=1e3)[None, :]  # G = 0 beyond n_nu
-    y = q[:, None] * scale - offset
+    """G (nu, pairs), and how its logarithm changes with r, times r^2."""
+    scale = tl.load(table + nu, mask=nu < n_nu, other=0.0)[:, None]
+    offset = tl.load(table + n_nu + nu, mask=nu < n_nu, other=1e3)[:, None]  # G = 0 beyond n_nu
+    y = q[None, :] * scale - offset
     return tl.exp2(-y * y), y * scale * 1.3862943611198906
 
 
 @triton.jit
-def components(unit, N_COMP: tl.constexpr):
-    """t_c of unit vectors."""
-    x, y, z = unit
-    vector = (x * 0.0 + 1.0, x, y, z)
-    third: tl.constexpr = 0.3333333333333333
-    if N_COMP == 1:
-        return (vector[0],)
-    elif N_COMP == 4:
-        return vector
-    else:
-        return vector + (x * x - third, x * y, x * z, y * y - third, y * z)
+def span(q, near):
+    """Smallest and largest 1/r of the near pairs of a tile; all there are where one is NaN."""
+    low = tl.where(near, tl.where(q == q, q, 0.0), float("inf"))
+    high = tl.where(near, tl.where(q == q, q, float("inf")), 0.0)
+    return tl.min(low, axis=0), tl.max(high, axis=0)
 
 
 @triton.jit
-def _unit_gradient(g, unit, N_COMP: tl.constexpr):
-    """dE/dr_hat, as if its components were free, from g_c = dE/dt_c."""
-    x, y, z = unit
-    if N_COMP == 4:
-        return g[1], g[2], g[3]
-    else:
-        return (
-            g[1] + 2.0 * x * g[4] + y * g[5] + z * g[6],
-            g[2] + x * g[5] + 2.0 * y * g[7] + z * g[8],
-            g[3] + x * g[6] + y * g[8],
-        )
+def reached(table, nu, n_nu, low, high, WINDOW: tl.constexpr):
+    """Whether a pair with 1/r between low and high can feel any of the Gaussians."""
+    scale = tl.load(table + nu, mask=nu < n_nu, other=0.0)
+    offset = tl.load(table + n_nu + nu, mask=nu < n_nu, other=1e3)
+    first, last = low * scale - offset, high * scale - offset
+    felt = (tl.minimum(first, last) < WINDOW) & (tl.maximum(first, last) > -WINDOW)
+    return (low <= high) & (tl.max(felt.to(tl.int32), axis=0) > 0)
 
 
 @triton.jit
-def pair_force(found, unit, q, N_COMP: tl.constexpr):
-    """g_p from dE/dt_c of all components, and dE/dr."""
-    if N_COMP == 1:
-        along, across = found[1], (0.0, 0.0, 0.0)
-    else:
-        free = _unit_gradient(found, unit, N_COMP)
-        across = (free[0] * q, free[1] * q, free[2] * q)
-        along = found[N_COMP] - dot_product(across, unit)
+def _chosen(total, c, FIRST: tl.constexpr, values):
+    """Row c of what `values` are from row FIRST on, else `total`."""
+    for k in tl.static_range(len(values)):
+        total = tl.where(c == FIRST + k, values[k], total)
+    return total
+
+
+@triton.jit
+def components(c, unit, N_COMP: tl.constexpr):
+    """t_c (c, pairs) of unit vectors."""
+    index, x, y, z = c[:, None], unit[0][None, :], unit[1][None, :], unit[2][None, :]
+    t = _chosen(tl.zeros((c.shape[0], x.shape[1]), x.dtype) + 1.0, index, 1, (x, y, z))
+    if N_COMP > 4:
+        third: tl.constexpr = 0.3333333333333333
+        t = _chosen(t, index, 4, (x * x - third, x * y, x * z, y * y - third, y * z))
+    if N_COMP > 9:
+        xx, yy = x * x - 0.2, y * y - 0.2
+        most = (x * (xx - 0.4), xx * y, xx * z, x * yy, x * y * z, y * (yy - 0.4), yy * z)
+        t = _chosen(t, index, 9, most)
+    return t
+
+
+@triton.jit
+def component_slopes(c, unit, N_COMP: tl.constexpr):
+    """dt_c / dx, dy and dz (c, pairs), as if x, y and z were free."""
+    index, x, y, z = c[:, None], unit[0][None, :], unit[1][None, :], unit[2][None, :]
+    none = tl.zeros((c.shape[0], x.shape[1]), x.dtype)
+    dx = _chosen(none, index, 1, (1.0,))
+    dy = _chosen(none, index, 2, (1.0,))
+    dz = _chosen(none, index, 3, (1.0,))
+    if N_COMP > 4:
+        dx = _chosen(dx, index, 4, (2.0 * x, y, z))
+        dy = _chosen(dy, index, 5, (x, 0.0, 2.0 * y, z))
+        dz = _chosen(dz, index, 6, (x, 0.0, y))
+    if N_COMP > 9:
+        xx, yy, xy = x * x - 0.2, y * y - 0.2, x * y
+        dx = _chosen(dx, index, 9, (3.0 * xx, 2.0 * xy, 2.0 * x * z, yy, y * z))
+        dy = _chosen(dy, index, 10, (xx, 0.0, 2.0 * xy, x * z, 3.0 * yy, 2.0 * y * z))
+        dz = _chosen(dz, index, 11, (xx, 0.0, xy, 0.0, yy))
+    return dx, dy, dz
+
+
+@triton.jit
+def pair_force(along, free, unit, q):
+    """g_p from dE/dr and dE/dr_hat, as if the components of r_hat were free."""
+    across = (free[0] * q, free[1] * q, free[2] * q)
+    along -= dot_product(across, unit)
     return along * unit[0] + across[0], along * unit[1] + across[1], along * unit[2] + across[2]
 
 
@@ -103,6 +134,15 @@ def added(a, b):
     for k in tl.static_range(len(a)):
         total = total + (a[k] + b[k],)
     return total
+
+
+@triton.jit
+def summed(tiles):
+    """Each over its rows."""
+    sums = ()
+    for k in tl.static_range(len(tiles)):
+        sums = sums + (tl.sum(tiles[k], axis=0),)
+    return sums
 
 
 @triton.jit
@@ -125,14 +165,30 @@ def add_products(virial, d, g):
 
 
 @triton.jit
-def add_row(forces, sums, i, force, virial, least):
-    """Of one receiver, whose row of sums nobody else writes: 9 of the virial, the least distance.
+def add_to_senders(forces, sent, j, felt, d, g):
+    """-g_p to forces and, unless None, -r (x) g / 2 to virials of atoms, by atomics."""
+    for k in tl.static_range(3):
+        tl.atomic_add(forces + j * 3 + k, -g[k].to(tl.float64), mask=felt, sem="relaxed")
+    if sent is not None:
+        for k in tl.static_range(9):
+            half = d[k // 3].to(tl.float64) * g[k % 3].to(tl.float64) * -0.5
+            tl.atomic_add(sent + j * 9 + k, half, mask=felt, sem="relaxed")
 
-    Others add to its force meanwhile.
-    """
+
+@triton.jit
+def add_force(forces, i, force, ALONE: tl.constexpr):
+    """Of one receiver; others add to it meanwhile unless this program is ALONE with it."""
     for k in tl.static_range(3):
         mine = tl.sum(force[k], axis=0).to(tl.float64)
-        tl.atomic_add(forces + i * 3 + k, mine, sem="relaxed")
+        if ALONE:
+            tl.store(forces + i * 3 + k, tl.load(forces + i * 3 + k) + mine)
+        else:
+            tl.atomic_add(forces + i * 3 + k, mine, sem="relaxed")
+
+
+@triton.jit
+def add_sums(sums, i, virial, least):
+    """The 9 of the virial and the least distance, in a row that nobody else writes."""
     for k in tl.static_range(9):
         place = sums + i * 10 + k
         tl.store(place, tl.load(place) - tl.sum(virial[k // 3][k % 3], axis=0).to(tl.float64))

@@ -6,23 +6,27 @@ env comes first in every order (see `md_plugin.kernels.triton_fused`), for as ma
 keep it in the second-level cache; the product with V is a library's. Sensitivities that are mixed
 from Gaussians: as in `md_plugin.model.fused_sums`. Where Triton interprets its kernels, they run
 on the CPU as well, for tests.
+
+With `torch.use_deterministic_algorithms`, and without ghosts, no sum depends on the order in which
+programs run: each atom takes from its own row both what it gets and what it gives.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import radial_reference, reference, triton_fused
-from md_plugin.kernels.radial_reference import Cutoff
-from md_plugin.kernels.registry import BackendError
+from md_plugin.kernels import triton_arrays, triton_fused
+from md_plugin.kernels.triton_parts import fixed_order
+from md_plugin.model.fused_check import mirror_check, self_check
 from md_plugin.model.fused_sums import Sums, gaussian_weight
 from md_plugin.model.hipnn import Hipnn
-from md_plugin.model.radial import N_COMPONENTS, tensor_components
-from md_plugin.pairs import Geometry, Pairs
+from md_plugin.model.radial import N_COMPONENTS
+from md_plugin.pairs import Geometry
 
 # dE/denv and env of a block of atoms, beside features, in the 40 to 50 MB of an A100 or H100.
 BLOCK_BYTES = 16_000_000
@@ -33,25 +37,38 @@ class DeviceEngine:
 
     Fewer, whose activations would stay in the second-level cache, are done before the next operator
     is launched: docs/gpu.md counts.
+
+    Args:
+        model: the network.
+        fast: products of sums in float16; see `FastSums`.
     """
 
     threads, max_block, workspace = False, 1 << 18, 256_000_000
 
-    def __init__(self, model: Hipnn):
-        self_check(model.encoder.device, model.encoder.dtype, model.config.order)
+    def __init__(self, model: Hipnn, fast: bool = False):
+        self.fast, self.order = fast, model.config.order
+        self_check(model.encoder.device, model.encoder.dtype, self.order, fast)
 
     def where(self, species: Tensor, geometry: Geometry) -> Any:
         """See `fused_sums.Engine`."""
         g = geometry
         x, rows = g.x.double().contiguous(), (g.pairs.row_ptr, g.pairs.sender)
         if g.translation is None or g.translations is None:
-            return triton_fused.Geometry(x, *rows, species=species)
+            return triton_arrays.Geometry(x, *rows, species=species)
         images = g.translation, g.translations.double().contiguous()
-        return triton_fused.Geometry(x, *rows, *images, species)
+        return triton_arrays.Geometry(x, *rows, *images, species)
 
     def gradients(self, where: Any, dtype: torch.dtype, n_thread: int, split: str) -> Any:
-        """See `fused_sums.Engine`."""
-        return triton_fused.Gradients(where, 0, dtype, per_atom=split == "atoms")
+        """See `fused_sums.Engine`.
+
+        Raises:
+            RuntimeError: torch is told to be deterministic, and atomics are needed.
+        """
+        per_atom = split == "atoms"
+        own_rows = _deterministic(where, self.fast, per_atom)
+        if own_rows:
+            mirror_check(where.x.device, dtype, self.order)
+        return triton_arrays.Gradients(where, 0, dtype, own_rows, per_atom=per_atom)
 
     def results(self, found: Any, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `fused_sums.Engine`. Rows of receivers are there in any case."""
@@ -60,7 +77,43 @@ class DeviceEngine:
 
     def sums(self, interaction: Any, is_first: bool) -> Sums:
         """See `fused_sums.Engine`."""
-        return DeviceSums(interaction, is_first)
+        kind = FastSums if self.fast and not is_first else DeviceSums
+        return kind(interaction, is_first)
+
+
+def _deterministic(where: Any, fast: bool, per_atom: bool) -> bool:
+    """Whether torch is told to give the same result every time, and it can be given."""
+    if not fixed_order():
+        return False
+    n_ghost = len(where.x) + 1 - len(where.row_ptr)
+    reasons = [f"forces of {n_ghost} ghosts"] if n_ghost else []
+    reasons += ["forces in dtype='fast'"] if fast else []
+    reasons += ["virials of atoms"] if per_atom else []
+    if not reasons:
+        return True
+    remedy = "dtype='mixed'" if reasons == ["forces in dtype='fast'"] else "backend='torch'"
+    message = (
+        f"torch.use_deterministic_algorithms is on, but {', '.join(reasons)} are added by atomics, "
+        f"in an order that changes from run to run; turn it off, or choose {remedy}"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
+    return False
+
+
+@dataclass(eq=False)
+class _Sink:
+    """What one layer adds to; what its mirror pass needs where every atom keeps to its own row."""
+
+    found: triton_arrays.Gradients
+    of_sums: Tensor | None = None  # dE/dm of all receivers
+    where: Any = None
+    source: Any = None
+
+    def part(self, t: int) -> _Sink:
+        """Itself: programs share everything."""
+        return self
 
 
 class DeviceSums:
@@ -69,7 +122,7 @@ class DeviceSums:
     def __init__(self, interaction: Any, is_first: bool):
         s = interaction.sensitivity
         self.is_first = is_first
-        self.radial = triton_fused.Radial.build(s.mu, s.sigma, s.rcut, s.end)
+        self.radial = triton_arrays.Radial.build(s.mu, s.sigma, s.rcut, s.end)
         weight = gaussian_weight(interaction)
         self.n_nu, self.n_in, n_hidden = weight.shape
         self.weight = weight.reshape(-1, n_hidden).contiguous()
@@ -90,74 +143,96 @@ class DeviceSums:
 
     def sink(self, found: Any) -> Any:
         """See `fused_sums.Sums`."""
-        return found.for_layer(0 if self.is_first else self.n_in)
+        sink = _Sink(found.for_layer(0 if self.is_first else self.n_in))
+        if found.own_rows:
+            sink.of_sums = sink.found.messages.new_empty(len(found.sums), *self.shape)
+        return sink
 
     def gradient(self, where: Any, source: Any, g: Tensor, sink: Any, start: int) -> None:
         """See `fused_sums.Sums`."""
         ge = g.reshape(-1, self.shape[1]) @ self.transposed
         ge = ge.reshape(len(g), self.shape[0], self.n_nu, self.n_in)
-        triton_fused.backward(where, self.radial, source, ge, sink, start)
+        triton_fused.backward(where, self.radial, source, ge, sink.found, start)
+        if sink.of_sums is not None:
+            sink.of_sums[start : start + len(g)] = g
+            sink.where, sink.source = where, source
 
     def sent(self, sink: Any) -> Tensor:
         """See `fused_sums.Sums`."""
-        messages: Tensor = sink.messages
+        if sink.where is not None:
+            self._mirror(sink)
+        messages: Tensor = sink.found.messages
         return messages
 
+    def _mirror(self, sink: _Sink) -> None:
+        """Adds what pairs of other receivers give; see `md_plugin.kernels.triton_mirror`."""
+        assert sink.of_sums is not None
+        weight = self.weight.view(self.n_nu, self.n_in, self.shape[1])
+        by_feature = weight.transpose(0, 1).reshape(self.n_in, -1)
+        by_hidden = weight.transpose(1, 2).reshape(-1, self.n_in)
+        for start in range(0, len(sink.of_sums), self.block):
+            rows = slice(start, min(start + self.block, len(sink.of_sums)))
+            if self.is_first:
+                q, h = by_feature[sink.where.species[rows].long()], None
+            else:
+                q = sink.source[rows] @ by_feature
+                h = torch.empty_like(q).view(-1, self.n_nu, self.shape[1])
+            q = q.view(-1, self.n_nu, self.shape[1])
+            triton_fused.mirror(
+                sink.where, self.radial, sink.of_sums, q, h, sink.found, begin=start
+            )
+            if h is not None:
+                torch.mm(h.view(len(h), -1), by_hidden, out=sink.found.messages[rows])
 
-@cache
-def self_check(device: torch.device, dtype: torch.dtype, order: int) -> None:
-    """Compare the kernels with autograd on a tiny problem, once per device, dtype and order.
 
-    Raises:
-        BackendError: a kernel is wrong.
+class FastSums(DeviceSums):
+    """The same of a layer with features, in float16: sums over neighbours, and products with V.
+
+    float16 operands, float32 sums. A power of two takes each array to at most 1: one for V, one
+    for z, one for dE/dm of each receiver, all found on the device. So env is at most the number
+    of neighbours, dE/denv at most n_hidden, and what is lost to float16's least number is below
+    2^-24 of the largest.
     """
-    generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    def __init__(self, interaction: Any, is_first: bool):
+        super().__init__(interaction, is_first)
+        self.of_weight = _power(self.weight.abs().amax())
+        self.half = (self.weight / self.of_weight).half()
+        self.half_transposed = self.half.T.contiguous()
+        self.block *= 2
 
-    # Four receivers and a ghost, of which each sees all others; five sensitivities, seven features.
-    receiver, sender = (~torch.eye(5, dtype=torch.bool))[:4].nonzero().unbind(dim=1)
-    pairs, _ = Pairs.from_edges(receiver, sender, 4, 5)
-    species = torch.tensor([0, 2, 1, 2, 0])
-    x, ge, z = normal(5, 3).double(), normal(4, N_COMPONENTS[order], 5, 7), normal(5, 7)
-    mu = torch.linspace(0.8, 2.8, 5).to(dtype)
-    for features in (z, None):
-        sent = torch.eye(7, dtype=dtype)[species] if features is None else z
-        want = _expected(pairs, x, (mu, 2 * mu), sent, ge)
-        there = Geometry(x, pairs).to(device)
-        where = triton_fused.Geometry(
-            there.x, there.pairs.row_ptr, there.pairs.sender, species=species.int().to(device)
-        )
-        radial = triton_fused.Radial.build(mu.to(device), 2 * mu.to(device), 3.5)
-        found = triton_fused.Gradients(where, 7, dtype)
-        on = None if features is None else features.to(device)
-        env = torch.empty_like(ge, device=device)
-        triton_fused.forward(where, radial, on, env)
-        triton_fused.backward(where, radial, on, ge.to(device), found)
-        got = (env, found.forces, found.messages)[: 2 if features is None else 3]
-        for name, a, b in zip(("env", "forces", "messages"), got, want, strict=False):
-            error = float((a.cpu().double() - b).abs().max())
-            if not error <= 64 * torch.finfo(dtype).eps * float(b.abs().max()):
-                raise BackendError(
-                    f"backend 'triton' computes wrong {name} of a fused layer in {dtype} on "
-                    f"{device} (largest difference {error:.1e}); choose backend='torch' on this "
-                    "machine, and report this with your versions"
-                )
+    def source(self, z: Tensor, n_thread: int) -> Any:
+        """See `fused_sums.Sums`."""
+        power = _power(z.abs().amax()) if len(z) else z.new_ones(())
+        return (z / power).half(), power
+
+    def mix(self, where: Any, source: Any, start: int, m: Tensor) -> None:
+        """See `fused_sums.Sums`."""
+        z, power = source
+        env = z.new_empty(len(m), self.shape[0], self.n_nu, self.n_in)
+        triton_fused.forward(where, self.radial, z, env, start)
+        product = _product(env.reshape(-1, len(self.half)), self.half, torch.float32)
+        torch.mul(product.view_as(m), power * self.of_weight, out=m)
+
+    def gradient(self, where: Any, source: Any, g: Tensor, sink: Any, start: int) -> None:
+        """See `fused_sums.Sums`."""
+        z, power = source
+        mine = _power(g.abs().amax(dim=(1, 2)))
+        small = (g / mine[:, None, None]).half().view(-1, self.shape[1])
+        ge = _product(small, self.half_transposed, torch.float16)
+        ge = ge.view(len(g), self.shape[0], self.n_nu, self.n_in)
+        scale = mine * self.of_weight
+        scale = torch.stack([scale, scale * power])
+        triton_fused.backward(where, self.radial, z, ge, sink.found, start, scale=scale)
 
 
-def _expected(
-    pairs: Pairs, x: Tensor, radial: tuple[Tensor, Tensor], z: Tensor, ge: Tensor
-) -> tuple[Tensor, ...]:
-    """env, forces and dE/dz by the closed sums' reference, in float64."""
-    mu, sigma, z, ge = (t.double() for t in (*radial, z, ge))
-    with torch.enable_grad():
-        x, z = x.clone().requires_grad_(), z.clone().requires_grad_()
-        r_ij = Geometry(x, pairs).r_ij()
-        r = torch.linalg.vector_norm(r_ij, dim=1)
-        sense = radial_reference.sensitivity(r, mu, sigma, Cutoff(3.5, 3.5))
-        order = N_COMPONENTS.index(ge.shape[1])
-        stacked = reference.stack(tensor_components(r_ij / r[:, None], order), sense)
-        env = reference.envsum(stacked, z, pairs).view_as(ge)
-        gx, gz = torch.autograd.grad((env * ge).sum(), (x, z))
-    return env.detach(), -gx, gz
+def _power(largest: Tensor) -> Tensor:
+    """The power of two above it, 1 where it is 0."""
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b of float16, added in float32, rounded to dtype."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a.float() @ b.float()).to(dtype)

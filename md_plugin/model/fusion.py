@@ -117,14 +117,15 @@ def total(parts: Sequence[Fused]) -> Fused:
     return first
 
 
-def why_not(model: Hipnn, backend: str = "numba") -> str:
-    """Why a backend has no fused inference for this network; "" where it has."""
+def why_not(model: Hipnn, backend: str = "numba", fast: bool = False) -> str:
+    """Why a backend has no fused inference for this network, or no fast one; "" where it has."""
+    if fast and (backend != "triton" or model.encoder.dtype != torch.float32):
+        here = f"the backend is {backend!r}, the network in {model.encoder.dtype}"
+        return f"dtype='fast' needs fused layers of backend 'triton'; {here}: choose dtype='mixed'"
     if backend not in BACKENDS:
         return f"the backend is {backend!r}, and only 'numba' and 'triton' have fused layers"
     if backend == "numba" and model.encoder.device.type != "cpu":
         return f"the network is on {model.encoder.device.type}"
-    if backend == "triton" and model.config.order > 2:
-        return "no fused layers for tensors of the third order in 'triton'"
     return ""
 
 
@@ -134,16 +135,16 @@ class FusedHipnn:
     Args:
         model: the network; the radial parts of its weights are read once, when this is made.
         backend: whose kernels, "numba" or "triton".
+        fast: sums over neighbours in float16, for a network in float32 and "triton" only.
 
     Raises:
         ValueError: see `why_not`.
     """
 
-    def __init__(self, model: Hipnn, backend: str = "numba"):
-        reason = why_not(model, backend)
-        if reason:
+    def __init__(self, model: Hipnn, backend: str = "numba", fast: bool = False):
+        if reason := why_not(model, backend, fast):
             raise ValueError(reason)
-        self.model, self.engine = model, _engine(model, backend)
+        self.model, self.engine = model, _engine(model, backend, fast)
         index = torch.full((model.encoder.shape[0],), -1, dtype=torch.int32)
         index[list(model.species)] = torch.arange(len(model.species), dtype=torch.int32)
         self.index = index.to(model.encoder.device)
@@ -211,12 +212,12 @@ class FusedHipnn:
         return Fused(energy, *self.engine.results(found, split))
 
 
-def _engine(model: Hipnn, backend: str) -> Engine:
+def _engine(model: Hipnn, backend: str, fast: bool) -> Engine:
     if backend == "numba":
         return CpuEngine(model)
     from md_plugin.model.fused_device import DeviceEngine  # here: triton need not be installed
 
-    return DeviceEngine(model)
+    return DeviceEngine(model, fast)
 
 
 @dataclass(frozen=True, eq=False)
