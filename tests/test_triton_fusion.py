@@ -261,6 +261,9 @@ def test_fast_is_refused_where_there_is_none(deterministic):
         Potential(make_model(backend="torch"), dtype="fast")
     with pytest.raises(ValueError, match=r"the network in torch\.float64"):
         FusedHipnn(make_model(backend="triton"), "triton", fast=True)
+    species, place = STRUCTURES["molecule"]().species, geometry(STRUCTURES["molecule"](), 3.0)
+    with pytest.raises(RuntimeError, match=r"virials of atoms are added.*backend='torch'"):
+        potential_of().evaluate_geometry(torch.from_numpy(species), place, per_atom=True)
     with pytest.raises(RuntimeError, match=r"in dtype='fast' are added by atomics.*'mixed'"):
         fused(potential_of("fast"), STRUCTURES["molecule"]())
 
