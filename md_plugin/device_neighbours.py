@@ -89,9 +89,11 @@ def search_cells(
     *,
     system: Tensor | None = None,
     n_recv: int | None = None,
-    by_distance: bool = False,
 ) -> Found:
-    """All pairs closer than rcut, each receiver's in a row of its own.
+    """All pairs closer than rcut, each receiver's in a row of its own, the closest first.
+
+    In the order of distances, tiles of pairs leave out what they do not feel; see
+    `md_plugin.kernels.triton_layer`.
 
     Args:
         x: (n_send, 3) finite positions, Å, on the device that is to search.
@@ -100,7 +102,6 @@ def search_cells(
         rcut: cutoff, Å.
         system: (n_send,) int64, system of each atom; None for one system.
         n_recv: the first atoms, which have rows; None for all.
-        by_distance: whether the closest pair of a row comes first; else rows are in no order.
 
     Raises:
         ValueError: more pairs than int32 can index, or too many periodic images.
@@ -122,12 +123,10 @@ def search_cells(
     n_recv = n_send if n_recv is None else n_recv
     search = _Search(x + rows_times(wraps, h[system]), images @ h, system, n_recv)
     row_ptr, sender, image, r2 = search.closer_than(rcut, bins, fraction + wraps)
-    pairs = Pairs(row_ptr, sender, n_send)
-    if by_distance:
-        order = torch.argsort(r2, stable=True)
-        order = order[torch.argsort(pairs.receiver[order], stable=True)]
-        pairs, image = Pairs(row_ptr, sender[order], n_send), image[order]
-    return Found(pairs, image, images, wraps)
+    receiver = Pairs(row_ptr, sender, n_send).receiver
+    # Stable: a fraction that rounds to one stays in its row.
+    order = torch.argsort(receiver + r2 / rcut**2, stable=True)
+    return Found(Pairs(row_ptr, sender[order], n_send), image[order], images, wraps)
 
 
 def _grid(reach: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -259,7 +258,6 @@ class DeviceList(NeighbourList):
         skin: extra distance stored, Å; 0 rebuilds at every change.
         device: where the pairs are to live.
         ordered: whether many atoms are renumbered along a space-filling curve at each build.
-        by_distance: whether the closest pair of a row comes first, as it is at the build.
     """
 
     def __init__(
@@ -269,18 +267,16 @@ class DeviceList(NeighbourList):
         device: torch.device,
         *,
         ordered: bool = False,
-        by_distance: bool = False,
     ):
         super().__init__(rcut, skin, ordered)
-        self.device, self.by_distance = device, by_distance
+        self.device = device
         self.staging = Staging(device)
 
     def _build(
         self, x: FloatArray, wraps: FloatArray, h: FloatArray, pbc: NDArray[np.bool_]
     ) -> None:
         there = self.staging.send(torch.from_numpy(x))
-        rcut = self.rcut + self.skin
-        found = search_cells(there, h[None], pbc, rcut, by_distance=self.by_distance)
+        found = search_cells(there, h[None], pbc, self.rcut + self.skin)
         self.pairs, self._image = found.pairs, found.image.short()
         self._images, self._wraps = found.images, found.wraps
         order = self.order
