@@ -14,14 +14,13 @@ from typing import Any
 
 from md_plugin import __version__
 from md_plugin.cli_label import add_label_command
-from md_plugin.cli_models import add_model_commands, say
+from md_plugin.cli_models import DTYPES, add_model_commands, say
 from md_plugin.cli_tune import add_tune_command
 from md_plugin.memory import keep_freed_memory
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, KeyError, ImportError)
 # Those of the registry, which imports torch; they need not be available where one exports.
 BACKENDS = ("auto", "torch", "numba", "triton", "cupy", "numba_cuda")
-DTYPES = ("mixed", "float64", "float32", "fast")
 
 
 def main(argv: list[str] | None = None) -> int:

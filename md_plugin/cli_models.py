@@ -10,6 +10,8 @@ from typing import Any
 
 from md_plugin.elements import SYMBOLS, symbols
 
+DTYPES = ("mixed", "float64", "float32", "fast")  # of `md_plugin.potential`, which imports torch
+
 
 def add_model_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `md-plugin`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from md_plugin.cli_models import say
+from md_plugin.cli_models import DTYPES, say
 
 
 def add_tune_command(commands: Any) -> None:
@@ -13,7 +13,7 @@ def add_tune_command(commands: Any) -> None:
     tune = commands.add_parser("tune", help="measure how kernels are launched best on this GPU")
     tune.add_argument("--model", default="ta", help=".hipnn file or bundled model; default: ta")
     tune.add_argument("--device", default="cuda", help="cuda (default), cuda:1 ...")
-    tune.add_argument("--dtype", default="mixed", choices=("mixed", "float64", "float32"))
+    tune.add_argument("--dtype", default="mixed", choices=DTYPES)
     tune.set_defaults(command=_tune)
 
 
@@ -27,7 +27,7 @@ def _tune(args: argparse.Namespace) -> None:
             f"kernels are tuned on a GPU, not on {device}; on a CPU there is nothing to choose"
         )
     potential = load_model(args.model, device=device, dtype=args.dtype, backend="triton")
-    run_tune(potential.model.parts, device)
+    run_tune(potential.model.parts, device, fast=args.dtype == "fast")
 
 
 def run_tune(networks: Any, device: Any, **settings: Any) -> None:

@@ -49,14 +49,19 @@ def forward(where, radial, z, env, begin=0):
     env.zero_().index_add_(0, i, rows.detach().to(env.dtype))
 
 
-def backward(where, radial, z, ge, gradients, begin=0):
+def backward(where, radial, z, ge, gradients, begin=0, scale=None):
     """What `triton_fused.backward` adds."""
+    of_message, of_force = torch.ones(2, len(ge)) if scale is None else scale
     with torch.enable_grad():
-        leaf = None if z is None else z.detach().requires_grad_()
+        leaf = None if z is None else z.detach().to(radial.table.dtype).requires_grad_()
         i, j, d, rows = _rows(where, radial, leaf, ge.shape, begin)
         wanted = [d] if z is None else [d, leaf]
-        total = (rows * ge[i]).sum()
-        g, *of_z = torch.autograd.grad(total, wanted) if len(i) else map(torch.zeros_like, wanted)
+        total = (rows * ge[i]).flatten(1).sum(dim=1)
+        g, *of_z = map(torch.zeros_like, wanted)
+        if len(i):
+            (g,) = torch.autograd.grad(total, d, of_force[i].to(total), retain_graph=True)
+        if len(i) and of_z:
+            of_z = torch.autograd.grad(total, leaf, of_message[i].to(total))
     d, i = d.detach(), begin + i
     gradients.forces.index_add_(0, i, g).index_add_(0, j, -g)
     gradients.sums[:, :9].index_add_(0, i, -(d[:, :, None] * g[:, None]).flatten(1))
@@ -124,13 +129,13 @@ class TapeRecorder:
 
     def _launcher(self, name, launch):
 
-        def wrapped(*args):
+        def wrapped(*args, **kwargs):
             self.launches.append((name, args))
             if self.tape is not None:
-                self.tape.calls.append((launch, args, {}, None))
+                self.tape.calls.append((launch, args, kwargs, None))
                 return
             with _disable_current_modes():  # the interpreter is no part of the step
-                launch(*args)
+                launch(*args, **kwargs)
 
         return wrapped
 

@@ -128,14 +128,19 @@ class FakeClock:
 
 
 @interpreted
-@pytest.mark.parametrize("order", [0, 1])
-def test_the_fastest_that_is_right_wins(order, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "order, kinds",
+    [(0, {"float64"}), (1, {"float64"}), (0, {"float32", "float16"})],
+    ids=["scalar", "vector", "fast"],
+)
+def test_the_fastest_that_is_right_wins(order, kinds, monkeypatch, capsys):
     """What does not compile, or is wrong, is named: two stages forward, half the warps backward."""
     from md_plugin.kernels import triton_fused
     from md_plugin.model import tuner
 
-    model = make_model(backend="triton", order=order)
-    step, n_comp = FusedHipnn(model, "triton"), (1, 4)[order]
+    fast = "float16" in kinds
+    model = make_model(backend="triton", order=order).to(torch.float32 if fast else torch.float64)
+    step, n_comp = FusedHipnn(model, "triton", fast), (1, 4)[order]
     TapeRecorder(monkeypatch)
     forward, backward = triton_fused.forward, triton_fused.backward
 
@@ -144,15 +149,15 @@ def test_the_fastest_that_is_right_wins(order, monkeypatch, capsys):
             raise RuntimeError("out of resource: shared memory\nRequired: 300000")
         forward(*args)
 
-    def wrong(where, radial, z, ge, found, *rest):
-        backward(where, radial, z, ge, found, *rest)
-        found.forces[1] *= 1 + 1e-6 * ((tuning._trial.get() or USUAL)["num_stages"] == 2)
+    def wrong(where, radial, z, ge, found, **rest):
+        backward(where, radial, z, ge, found, **rest)
+        found.forces[1] *= 1 + 1e-3 * ((tuning._trial.get() or USUAL)["num_stages"] == 2)
 
     monkeypatch.setattr(triton_fused, "forward", limited)
     monkeypatch.setattr(triton_fused, "backward", wrong)
     monkeypatch.setattr(tuner, "FusedHipnn", lambda *args: step)
     monkeypatch.setattr(triton_fused, "tiles", lambda *args: USUAL | {"ALIGN": 1})
-    cli_tune.run_tune([model], CPU, clock=FakeClock(), per_side=2)
+    cli_tune.run_tune([model], CPU, clock=FakeClock(), per_side=2, fast=fast)
     said = capsys.readouterr().out
     assert "num_stages 2: RuntimeError: out of resource: shared memory\n" in said
     assert said.count("discarded for forward") == said.count("discarded for backward") == 2
@@ -160,12 +165,14 @@ def test_the_fastest_that_is_right_wins(order, monkeypatch, capsys):
     table = tuning._measured(CPU, os.environ["XDG_CACHE_HOME"])
     assert len(table) == 4
     for name, options in table.items():
-        assert name.split()[1:3] == [str(n_comp), "8"] and name.endswith("float64")
+        assert name.split()[1:3] == [str(n_comp), "8"]
         assert options == {**USUAL, "num_warps": 2}
+    assert {name.split()[-1] for name in table} == kinds
     # A later run takes them.
-    env = torch.empty(1, n_comp, 6, 5, dtype=torch.float64)
+    kind = "float16" if fast else "float64"
+    env = torch.empty(1, n_comp, 6, 5, dtype=getattr(torch, kind))
     used = triton_fused.options(step.layers[1].sums.radial, env)
-    assert {k: used[k] for k in tuning.NAMES} == table[f"forward {n_comp} 8 8 float64"]
+    assert {k: used[k] for k in tuning.NAMES} == table[f"forward {n_comp} 8 8 {kind}"]
 
 
 @interpreted

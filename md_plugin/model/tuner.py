@@ -58,17 +58,23 @@ def cuda_seconds(call: Callable[[], object]) -> float:
     return float(np.median(times[2:]))
 
 
-def tune(networks: Sequence[Hipnn], clock: Clock = cuda_seconds, per_side: int = 16) -> Tuning:
+def tune(
+    networks: Sequence[Hipnn],
+    clock: Clock = cuda_seconds,
+    per_side: int = 16,
+    fast: bool = False,
+) -> Tuning:
     """Find the fastest options for the layers of some networks, where they are.
 
     Args:
         networks: on one GPU, or on the CPU where Triton is interpreted.
         clock: seconds of a call.
         per_side: atoms along each side of the crystal.
+        fast: products of sums in float16, as in dtype="fast".
     """
     result = Tuning()
     for network in networks:
-        for name, default, launch in _launches(network, per_side):
+        for name, default, launch in _launches(network, per_side, fast):
             if name not in result.options:
                 _fastest(result, name, default, launch, clock)
     return result
@@ -114,22 +120,27 @@ def _fault(launch: Launch, expected: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def _launches(network: Hipnn, per_side: int) -> Iterator[tuple[str, tuning.Options, Launch]]:
+def _launches(
+    network: Hipnn, per_side: int, fast: bool
+) -> Iterator[tuple[str, tuning.Options, Launch]]:
     """Key, usual options, and a call, of the kernels of each layer."""
-    step, dtype = FusedHipnn(network, "triton"), network.encoder.dtype
+    step = FusedHipnn(network, "triton", fast)
     where = _crystal(step, per_side)
-    n_recv = len(where.row_ptr) - 1
-    generator = torch.Generator(where.x.device).manual_seed(0)
-    like: dict[str, Any] = {"generator": generator, "device": where.x.device, "dtype": dtype}
+    n_recv, device = len(where.row_ptr) - 1, where.x.device
+    generator = torch.Generator(device).manual_seed(0)
     for layer in step.layers:
         sums: Any = layer.sums
+        half = fast and not sums.is_first
+        dtype = torch.float16 if half else network.encoder.dtype
+        like: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         n_block = min(n_recv, layer.block)
         shape = (n_block, sums.shape[0], sums.n_nu, sums.n_in)
         z = None if sums.is_first else torch.randn(n_recv, sums.n_in, **like)
-        env, ge = torch.empty(shape, device=where.x.device, dtype=dtype), torch.randn(shape, **like)
+        env, ge = torch.empty(shape, device=device, dtype=dtype), torch.randn(shape, **like)
+        scale = torch.ones(2, n_block, device=device) if half else None
         calls = {
             "forward": partial(_forward, where, sums.radial, z, env),
-            "backward": partial(_backward, step, where, sums.radial, z, ge),
+            "backward": partial(_backward, step, where, sums.radial, z, ge, scale),
         }
         for kernel, call in calls.items():
             default = triton_fused.options(sums.radial, env, back=kernel == "backward")
@@ -143,11 +154,11 @@ def _forward(where: Any, radial: Any, z: Tensor | None, env: Tensor) -> tuple[Te
 
 
 def _backward(
-    step: FusedHipnn, where: Any, radial: Any, z: Tensor | None, ge: Tensor
+    step: FusedHipnn, where: Any, radial: Any, z: Tensor | None, ge: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, ...]:
-    found = step.engine.gradients(where, ge.dtype, 1, "")
+    found = step.engine.gradients(where, radial.table.dtype, 1, "")
     found = found.for_layer(0 if z is None else ge.shape[3])
-    triton_fused.backward(where, radial, z, ge, found)
+    triton_fused.backward(where, radial, z, ge, found, scale=scale)
     return (
         (found.forces, found.virial) if z is None else (found.forces, found.virial, found.messages)
     )
