@@ -3,9 +3,12 @@
 Counted with kernels that do nothing, at the shapes of real models; docs/gpu.md has the table.
 """
 
+from itertools import accumulate
+
 import pytest
 import torch
 from kernel_cases import absence
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,16 +22,17 @@ pytestmark = pytest.mark.skipif(bool(absence("triton")), reason=absence("triton"
 
 N_ATOMS = 64
 METALS, ORGANIC = (13,), (1, 6, 7, 8)
-# 20 sensitivities, 3 atom layers; (kernels, operators that are not views, kB in and out per atom)
-# of one step. hippynn 0.1.3 with its Triton kernels: 124 and 217 kB for the first, 287 and 1,040 kB
-# for "vector, 2 layers", beside what its kernels move and keep per pair.
+# 20 sensitivities, 3 atom layers; of one step: kernels, operators that are not views, and per atom
+# kB in and out, and kB of the peak of memory beyond input and workspace. hippynn 0.1.3 with its
+# Triton kernels: 124 and 217 kB for the first, 287 and 1,040 kB for "vector, 2 layers", beside what
+# its kernels move and keep per pair.
 BUDGET = {
-    "scalar, 1 layer": ({"n_feat": 64, "species": METALS}, 2, 54, 18),
-    "scalar, 2 layers": ({"n_feat": 64, "species": METALS}, 4, 117, 65),
-    "vector, 1 layer": ({"n_feat": 128, "species": ORGANIC, "order": 1}, 2, 64, 65),
-    "vector, 2 layers": ({"n_feat": 128, "species": ORGANIC, "order": 1}, 4, 142, 290),
-    "quadrupole, 1 layer": ({"n_feat": 128, "species": ORGANIC, "order": 2}, 2, 77, 110),
-    "quadrupole, 2 layers": ({"n_feat": 128, "species": ORGANIC, "order": 2}, 4, 175, 545),
+    "scalar, 1 layer": ({"n_feat": 64, "species": METALS}, 2, 54, 18, 0.13),
+    "scalar, 2 layers": ({"n_feat": 64, "species": METALS}, 4, 117, 65, 1.4),
+    "vector, 1 layer": ({"n_feat": 128, "species": ORGANIC, "order": 1}, 2, 64, 65, 0.16),
+    "vector, 2 layers": ({"n_feat": 128, "species": ORGANIC, "order": 1}, 4, 142, 290, 3.8),
+    "quadrupole, 1 layer": ({"n_feat": 128, "species": ORGANIC, "order": 2}, 2, 77, 110, 0.16),
+    "quadrupole, 2 layers": ({"n_feat": 128, "species": ORGANIC, "order": 2}, 4, 175, 545, 6.5),
 }
 
 
@@ -63,7 +67,7 @@ def place(n_atoms, per_atom):
 def test_launches_and_bytes_of_a_step(name, monkeypatch):
     from md_plugin.kernels import triton_fused
 
-    changes, kernels, operators, kilobytes = BUDGET[name]
+    changes, kernels, operators, kilobytes, _ = BUDGET[name]
     config = HipnnConfig(n_interactions=int(name.split()[1]), **changes)
     step, launches = FusedHipnn(Hipnn(config, backend="triton"), "triton"), []
     for launch in ("forward", "backward"):
@@ -80,6 +84,38 @@ def test_launches_and_bytes_of_a_step(name, monkeypatch):
     per_atom = (counted[2][2] - counted[0][2]) / N_ATOMS / 1000  # weights drop out
     assert counted[0][0] == kernels and counted[0][1] <= operators, counted
     assert per_atom <= kilobytes, f"{per_atom:.1f} kB per atom"
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_memory_of_a_step(name, monkeypatch):
+    """Per atom, where blocks of atoms have one size; what a block takes is the workspace."""
+    from md_plugin.kernels import triton_fused
+    from md_plugin.model import fused_device
+
+    monkeypatch.setattr(fused_device, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(fused_device.DeviceEngine, "workspace", 1)
+    changes, *_, kept = BUDGET[name]
+    config = HipnnConfig(n_interactions=int(name.split()[1]), **changes)
+    step = FusedHipnn(Hipnn(config, backend="triton"), "triton")
+    assert {layer.max_block for layer in step.layers} == {N_ATOMS}
+    for launch in ("forward", "backward"):
+        monkeypatch.setattr(triton_fused, launch, lambda *args: None)
+    peaks = []
+    for n_atoms in (4 * N_ATOMS, 8 * N_ATOMS):
+        species, geometry = torch.full((n_atoms,), config.species[0]), place(n_atoms, 2)
+        peaks.append(peak(lambda at=(species, geometry): step.evaluate(*at)))
+    per_atom = (peaks[1] - peaks[0]) / (4 * N_ATOMS) / 1000
+    assert 0.5 * kept < per_atom <= kept, f"{per_atom:.2f} kB per atom"
+
+
+def peak(call):
+    """Bytes that torch holds at most during a call, beyond what it held before."""
+    call()  # what is made once is there
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = seen.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(n for _, n in changes))
 
 
 def test_activations_stay_within_the_workspace():
