@@ -20,7 +20,7 @@ WEAK, STRONG = 100_000, (10**6, 10**8, 10**9)  # atoms per GPU; atoms
 CAPACITY = 139 * 2**30  # bytes of an H200
 ENGINE_ATOM = 300.0  # bytes of an atom in LAMMPS
 ENGINE = 200e-6  # s of a step: LAMMPS's own kernels and its exchange of positions
-LAUNCH = 7e-6  # s of a kernel
+LAUNCH = 2.5e-6  # s of a kernel in a CUDA graph
 COLUMNS = (
     *("network", "scaling", "GPUs", "atoms", "a GPU", "ghosts a GPU", "step, ms"),
     *("in exchange", "at the floor, ms", "atom-steps/s", "efficiency", "GB a GPU", "fits"),
@@ -28,9 +28,10 @@ COLUMNS = (
 ASSUMED = """\
 Nothing in this table was measured. Assumed, for H200: an atom takes 6, 30 and 120 ns (targets; the
 floors of float32 are 0.94, 9.1 and 70 ns, from counts of operations over the ceilings of the GPU);
-7 µs a kernel launch, 8 or 20 launches; 200 µs for LAMMPS itself; 10 µs a message; 450 GB/s to GPUs
-of the node (NVLink, 8 GPUs), 50 GB/s to other nodes (400 Gb/s InfiniBand for each GPU), arrays
-exchanged from GPU memory; 1.0, 1.2 and 8 kB an atom beside its list and 0.3 kB in LAMMPS; 139 GiB.
+2.5 µs a kernel in a CUDA graph; 200 µs for LAMMPS itself; 10 µs a message; 450 GB/s to GPUs of the
+node (NVLink, 8 GPUs), 50 GB/s to other nodes (400 Gb/s InfiniBand for each GPU), arrays exchanged
+from GPU memory; 0.3 kB an atom in LAMMPS; 139 GiB. Counted (docs/gpu.md): 56, 121 and 146 kernels;
+0.12, 1.3 and 3.7 kB an atom beside its list.
 "efficiency": the time of a GPU's own atoms over that of the step. Fluctuations of load are not in
 the model."""
 
@@ -53,11 +54,13 @@ class Assumed:
 
 
 NETWORKS = (
-    Assumed(Workload("1 layer, 64 features", 1, 64, 6.27, 1.0, 0.0602), 6e-9, 0.94e-9, 8, 1000.0),
-    Assumed(Workload("2 layers, 64 features", 2, 64, 6.27, 1.0, 0.0602), 30e-9, 9.1e-9, 20, 1200.0),
+    Assumed(Workload("1 layer, 64 features", 1, 64, 6.27, 1.0, 0.0602), 6e-9, 0.94e-9, 56, 120.0),
+    Assumed(
+        Workload("2 layers, 64 features", 2, 64, 6.27, 1.0, 0.0602), 30e-9, 9.1e-9, 121, 1300.0
+    ),
     Assumed(
         Workload("2 vector layers, 128 features", 2, 128, 5.7, 1.0, 0.0602),
-        *(120e-9, 70e-9, 20, 8000.0),
+        *(120e-9, 70e-9, 146, 3700.0),
     ),
 )
 

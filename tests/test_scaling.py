@@ -238,5 +238,7 @@ def test_predictions_say_what_does_not_fit():
         assert len(row.cells()) == len(bench_gpus.COLUMNS)
     found = {(row.network, row.kind, row.gpus, row.atoms): row for row in rows}
     one = found["1 layer, 64 features", "strong", 8, 10**9]
-    assert one.problems == ["pairs of a rank", "memory"] and one.exchange == 0.0
+    assert one.problems == ["pairs of a rank"] and one.exchange == 0.0
+    vector = found["2 vector layers, 128 features", "strong", 8, 10**9]
+    assert vector.problems == ["pairs of a rank", "memory"]
     assert found["2 layers, 64 features", "strong", 1024, 10**9].problems == []
