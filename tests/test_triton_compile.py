@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -228,8 +229,10 @@ def test_fused_layers_compile_for_a100_and_h100(tmp_path):
         name, n_comp, capability = row["name"], row["n_comp"], row["capability"]
         known = SPILLED.get((n_comp, capability), 0) if row["real"] == "fp32" else 0
         known = known if name == "backward" and not row["one_hot"] else 0
-        # Other versions of triton differ by a few registers.
-        assert row["STACK"] <= (known and 2 * known + 64), row
+        # Triton 3.6 takes at most 216 bytes, in backward and mirror passes of tensors.
+        if not version("triton").startswith("3.9.") and name != "forward" and n_comp > 1:
+            known = max(known, 108)
+        assert row["STACK"] <= 2 * known, row
         assert known or row["spill"] == 0, row
         # Two blocks of four warps at once at the least; five of fast forward passes.
         light = name == "forward" and (row["real"] == "fp16" or n_comp > 4)
