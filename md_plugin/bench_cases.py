@@ -10,9 +10,7 @@ writes messages, a line of JSON each, to what was its standard output: {"doing":
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -29,6 +27,7 @@ from md_plugin import (
     bench_scale,
 )
 from md_plugin.bench_core import Contest, Options, Row
+from md_plugin.bench_process import speak
 from md_plugin.bench_systems import threads_and_kernels
 from md_plugin.memory import keep_freed_memory
 
@@ -75,23 +74,14 @@ def messages(case: str, options: Options) -> Iterator[dict[str, Any]]:
 def main(task: dict[str, Any]) -> int:
     """Run one case and write its messages; returns the exit code."""
     options = Options(**task["options"])
-    # Descriptors, not sys.stdout: compiled libraries print, too.
-    with os.fdopen(os.dup(1), "w") as out:
-        os.dup2(2, 1)
+
+    def said() -> Iterator[dict[str, Any]]:
         if options.kept:
             keep_freed_memory()
-        try:
-            with threads_and_kernels(options):
-                for message in messages(task["case"], options):
-                    out.write(json.dumps(message) + "\n")
-                    out.flush()
-        except KeyboardInterrupt:
-            return 130
-        except Exception as problem:
-            traceback.print_exc()
-            out.write(json.dumps({"failed": f"{type(problem).__name__}: {problem}"}) + "\n")
-            return 1
-    return 0
+        with threads_and_kernels(options):
+            yield from messages(task["case"], options)
+
+    return speak(said())
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class Options:
         quick: tiny sizes: does everything work?
         seed: of all inputs.
         kept: whether processes of the cases keep freed memory (`md_plugin.memory`), as `lmp` does.
+        device: where `md-plugin bench gpu` computes; others compute on the CPU.
     """
 
     atoms: int = 2000
@@ -46,11 +47,37 @@ class Options:
     quick: bool = False
     seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4)))
     kept: bool = False
+    device: str = "cpu"
 
     @property
     def clock(self) -> Callable[[], float]:
-        """Seconds that count: of this process on one thread, of the wall on several."""
+        """Seconds that count: of the GPU; of this process on one thread, of the wall on several."""
+        if self.device.startswith("cuda"):
+            return CudaClock()
         return time.process_time if self.threads == 1 else time.perf_counter
+
+
+class CudaClock:
+    """Seconds of the current CUDA device by its own events, since the first call.
+
+    Each call waits until the device is done. Times between two events come in float32, so that
+    they are added up from call to call.
+    """
+
+    def __init__(self) -> None:
+        self._seconds, self._last = 0.0, self._event()
+
+    def __call__(self) -> float:
+        """Seconds."""
+        now = self._event()
+        self._seconds, self._last = self._seconds + 1e-3 * self._last.elapsed_time(now), now
+        return self._seconds
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        event.synchronize()
+        return event
 
 
 @dataclass(frozen=True)
@@ -139,13 +166,14 @@ class Row:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def poison(megabytes: int = 64) -> None:
+def poison(megabytes: int = 64, device: str = "cpu") -> None:
     """Fill memory with NaN and free it, in blocks of many sizes: `empty` arrays are made of it."""
     blocks = []
     for power in range(8, 27):
         count = max(1, min(8, megabytes * 2**20 >> power))
         blocks += [
-            torch.full((2**power // 8,), math.nan, dtype=torch.float64) for _ in range(count)
+            torch.full((2**power // 8,), math.nan, dtype=torch.float64, device=device)
+            for _ in range(count)
         ]
     blocks.clear()
 

@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from md_plugin import bench_models
+from md_plugin import bench_models, bench_work
 from md_plugin.bench_core import FLOAT32, HIPPYNN, OURS, Options, Row, peer_absence, poison
-from md_plugin.bench_models import Results
 from md_plugin.bench_process import environment
 from md_plugin.bench_systems import Problem, Twin, aluminium, network, threads_and_kernels
+from md_plugin.bench_work import Results
 from md_plugin.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
@@ -135,7 +135,7 @@ def child(task: dict[str, Any]) -> Measured:
         # What is compiled, is compiled here: its memory does not count.
         small = Problem(aluminium(256, task["seed"] + 1), net.rcut)
         poison()
-        error = bench_models.energy_error(net, small, evaluate(small))
+        error = bench_work.energy_error(net, small, evaluate(small))
         if not error <= FLOAT32:
             raise ValueError(f"wrong: error {error:.1e}, allowed {FLOAT32:.0e}")
         seconds = []
@@ -166,8 +166,8 @@ def child(task: dict[str, Any]) -> Measured:
 
 def _evaluation(kind: str, net: Hipnn, potential: Potential) -> Callable[[Problem], Results]:
     if kind == "peer":
-        return partial(bench_models.peer, Twin(net))
-    return partial(bench_models.fused if kind == "fused" else bench_models.closed, potential)
+        return partial(bench_work.peer, Twin(net))
+    return partial(bench_work.fused if kind == "fused" else bench_work.closed, potential)
 
 
 def _status(name: str) -> int:

@@ -30,27 +30,33 @@ from md_plugin.bench_core import (
     Provider,
     peer_absence,
     present,
-    relative,
-    worst,
 )
 from md_plugin.bench_systems import (
     CHECKED_ATOMS,
     Problem,
     Twin,
     aluminium,
-    exact,
     network,
     silver,
 )
+from md_plugin.bench_work import (
+    TRAINED,
+    Results,
+    closed,
+    energy_error,
+    fused,
+    gradient_error,
+    peer,
+    peer_step,
+    training_step,
+)
 from md_plugin.calculator import HipnnCalculator
-from md_plugin.evaluation import pair_forces_to_atoms
 from md_plugin.hippynn_io import to_hippynn
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
 
 PEER = "hippynn, numba"
 SILVER_SIZES = (568, 2272, 18176)
-Results = tuple[Tensor, Tensor]
 Builder = Callable[[int, int], Atoms]
 
 
@@ -106,39 +112,6 @@ def model_contest(
     return Contest(what, present(providers), PEER, n, notes=notes, counted=True)
 
 
-def fused(potential: Potential, problem: Problem) -> Results:
-    """Energy and forces from positions and the skin list."""
-    found = potential.evaluate_geometry(problem.species, problem.geometry)
-    assert found.forces is not None
-    return found.energy, found.forces
-
-
-def closed(potential: Potential, problem: Problem) -> Results:
-    """Energy and forces from vectors of pairs within the cutoff, by autograd."""
-    pairs, r = problem.inside
-    found = potential.evaluate_pairs(problem.species, pairs, r)
-    assert found.forces is not None
-    return found.energy, found.forces
-
-
-def peer(twin: Any, problem: Problem) -> Results:
-    """The same by hippynn's graph; it leaves forces on pairs, whose sum is not its cost."""
-    energy, gradient = twin.evaluate(problem, problem.inside[1].float())
-    return energy.detach().reshape(1), gradient
-
-
-def energy_error(net: Hipnn, problem: Problem, found: Results) -> float:
-    """Of energy and forces; forces on pairs are summed first."""
-    energy, forces = found
-    if len(forces) != len(problem.atoms):
-        forces = problem.sum_forces(forces)
-    want = exact(net, problem)
-    assert want.forces is not None
-    # Energies of atoms may cancel, with random weights: their sizes are the scale.
-    off = float((energy.double() - want.energy).abs().max()) / float(want.atom_energy.abs().sum())
-    return worst(off, relative(forces, want.forces))
-
-
 def train(options: Options) -> Iterator[Contest]:
     """One training step: loss of energy and forces, its gradient in all weights."""
     for layers in (1, 2):
@@ -147,12 +120,6 @@ def train(options: Options) -> Iterator[Contest]:
         small = Problem(aluminium(64, options.seed + 1), net.rcut)
         potential = Potential(net, dtype="float32")
         twin = None if peer_absence() else Twin(net)
-
-        def error(step: Callable[[Problem], list[Tensor]], net: Any, small: Problem) -> float:
-            double = Hipnn(net.config, backend="torch")
-            double.load_state_dict(net.state_dict())
-            want = training_step(Potential(double, dtype="float64"), small)
-            return worst(*map(relative, step(small), want))
 
         def ours(problem: Problem, potential: Potential = potential) -> list[Tensor]:
             return training_step(potential, problem)
@@ -165,40 +132,14 @@ def train(options: Options) -> Iterator[Contest]:
                 name,
                 side,
                 call=lambda step=step, timed=timed: step(timed),  # type: ignore[misc]
-                error=lambda step=step, net=net, small=small: error(step, net, small),  # type: ignore[misc]
-                # Gradients of a loss that is quadratic in forces: errors of float32 add up
-                tolerance=2e-4,
+                error=lambda step=step, net=net, p=small: gradient_error(net, p, step(p)),  # type: ignore[misc]
+                tolerance=TRAINED,
             )
             for name, side, step in (("ours, closed", OURS, ours), (PEER, HIPPYNN, theirs))
         ]
         what = f"training step, {layers} layer{'s' * (layers > 1)}"
         n = len(timed.atoms)
         yield Contest(what, present(providers), PEER, n, notes=timed.notes())
-
-
-def training_step(potential: Potential, problem: Problem) -> list[Tensor]:
-    """Gradients of the loss in the interaction weights, layer by layer (nu, in, out)."""
-    net: Any = potential.model
-    net.zero_grad()
-    pairs, r = problem.inside
-    found = potential.evaluate_pairs(problem.species, pairs, r, create_graph=True)
-    assert found.forces is not None
-    torch.autograd.backward(_loss(found.energy, found.forces))
-    return [block[0].layer.weight.grad for block in net.blocks]
-
-
-def peer_step(twin: Any, problem: Problem) -> list[Tensor]:
-    """The same by hippynn, in our order of axes."""
-    pairs = problem.inside[0]
-    twin.graph.zero_grad()
-    energy, g = twin.evaluate(problem, problem.inside[1].float())
-    forces = pair_forces_to_atoms(g, pairs)
-    torch.autograd.backward(_loss(energy, forces))
-    return [p.grad.permute(0, 2, 1) for p in twin.parameter("int_weights")]
-
-
-def _loss(energy: Tensor, forces: Tensor) -> Tensor:
-    return (energy / len(forces)).square().sum() + forces.square().mean()
 
 
 def ase(options: Options) -> Iterator[Contest]:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -33,20 +34,26 @@ def environment(threads: int) -> dict[str, str]:
     return {**os.environ, **counts}
 
 
-def run_case(case: str, options: Options, heard: Callable[[dict[str, Any]], None]) -> None:
+def run_case(
+    case: str,
+    options: Options,
+    heard: Callable[[dict[str, Any]], None],
+    module: str = "md_plugin.bench_cases",
+) -> None:
     """Run one case in a new process to its end.
 
     Args:
         case: name of a case, or `bench_cases.CEILINGS`.
         options: of the process.
         heard: is given each message as it comes; see `bench_cases`.
+        module: runs the case, and ends in `speak`.
 
     Raises:
         CaseError: the process failed; its standard error was shown as it came.
     """
     task = json.dumps({"case": case, "options": asdict(options)})
     failure = ""
-    with started([sys.executable, "-m", "md_plugin.bench_cases", task], options) as process:
+    with started([sys.executable, "-m", module, task], options) as process:
         assert process.stdout is not None
         for line in process.stdout:
             message = json.loads(line)
@@ -55,6 +62,27 @@ def run_case(case: str, options: Options, heard: Callable[[dict[str, Any]], None
         code = process.wait()
     if code != 0:
         raise CaseError(f"case {case}, threads {options.threads}: {failure or verdict(code)}")
+
+
+def speak(said: Iterator[dict[str, Any]]) -> int:
+    """In the process of a case: write its messages, a line of JSON each; returns the exit code.
+
+    Whatever else prints goes to standard error.
+    """
+    # Descriptors, not sys.stdout: compiled libraries print, too.
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        try:
+            for message in said:
+                out.write(json.dumps(message) + "\n")
+                out.flush()
+        except KeyboardInterrupt:
+            return 130
+        except Exception as problem:
+            traceback.print_exc()
+            out.write(json.dumps({"failed": f"{type(problem).__name__}: {problem}"}) + "\n")
+            return 1
+    return 0
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
     aluminium       fcc, 4.05 Å, atoms displaced by 0.15 Å (normal), one cube
     SCALAR, VECTOR  the shapes of the cases: cutoffs that give 60 and 46 neighbours in aluminium
-    Problem         a structure with its skin list, and the pairs within the cutoff in both formats
+    Work            positions with their skin list, and the pairs within the cutoff in both formats
+    Problem         that of a structure of ase
     Twin            hippynn's network of the same weights, from pair vectors to energy and forces
 
 hippynn runs as its LAMMPS interface does (`setup_LAMMPS_graph`): from pair vectors, so that nobody
-pays for a neighbour list.
+pays for a neighbour list. Neither ase nor lammps is needed for it; ase is for crystals of atoms.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from ase import Atoms
-from ase.build import bulk
 from torch import Tensor
 
 from md_plugin.bench_core import Options, peer_absence
@@ -31,6 +32,9 @@ from md_plugin.model.hipnn import Hipnn
 from md_plugin.neighbours import NeighbourList
 from md_plugin.pairs import Geometry, Pairs
 from md_plugin.potential import Potential
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 NOISE, SKIN = 0.15, 0.5  # Å
 CHECKED_ATOMS = 256
@@ -70,14 +74,68 @@ def silver(n_atoms: int, seed: int = 1) -> Atoms:
 
 def fcc(symbol: str, a: float, repeat: tuple[int, int, int], seed: int) -> Atoms:
     """Perturbed fcc: a box of so many cubic cells of side a (Å)."""
+    from ase.build import bulk
+
     atoms = bulk(symbol, "fcc", a=a, cubic=True) * repeat
     atoms.rattle(NOISE, seed=seed % 2**32)
     return atoms
 
 
+class Work:
+    """Atoms and their pairs for one cutoff, on any device.
+
+    Attributes:
+        rcut: cutoff, Å.
+        structure: (n,) which system each atom belongs to; None for one system.
+        n_structures: how many systems there are.
+    """
+
+    rcut: float
+    structure: Tensor | None = None
+    n_structures: int = 1
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Positions and a list with skin, as an engine has them."""
+        raise NotImplementedError
+
+    @cached_property
+    def species(self) -> Tensor:
+        """(n,) atomic numbers."""
+        raise NotImplementedError
+
+    @cached_property
+    def inside(self) -> tuple[Pairs, Tensor]:
+        """Pairs within the cutoff and their vectors (n_pair, 3) float64, Å."""
+        listed, r = self.geometry.pairs, self.geometry.r_ij()
+        keep = r.norm(dim=1) < self.rcut
+        kept = Pairs.from_edges(
+            listed.receiver[keep], listed.sender_long[keep], listed.n_recv, listed.n_send
+        )
+        pairs = kept[0]
+        _ = pairs.receiver, pairs.sender_long
+        return pairs, r[keep][kept[1]]
+
+    def sum_forces(self, gradient: Tensor) -> Tensor:
+        """dE/dr_ij (n_pair, 3) of the pairs inside -> forces (n, 3) float64."""
+        pairs, g = self.inside[0], gradient.detach().double()
+        return pair_forces_to_atoms(g, pairs)
+
+    def notes(self) -> dict[str, Any]:
+        """Atoms, cutoff and neighbours, for the JSON file."""
+        n_pair, n = self.inside[0].n_pair, len(self.species)
+        skin = self.geometry.pairs.n_pair
+        return {
+            "atoms": n,
+            "rcut": self.rcut,
+            "neighbours": round(n_pair / n, 1),
+            "neighbours with skin": round(skin / n, 1),
+        }
+
+
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """A structure, and its pairs for one cutoff.
+class Problem(Work):
+    """A structure of ase, and its pairs for one cutoff.
 
     Attributes:
         atoms: the structure.
@@ -99,34 +157,6 @@ class Problem:
         """(n,) atomic numbers."""
         return torch.from_numpy(self.atoms.numbers.astype(np.int64))
 
-    @cached_property
-    def inside(self) -> tuple[Pairs, Tensor]:
-        """Pairs within the cutoff and their vectors (n_pair, 3) float64, Å."""
-        listed, r = self.geometry.pairs, self.geometry.r_ij()
-        keep = r.norm(dim=1) < self.rcut
-        kept = Pairs.from_edges(
-            listed.receiver[keep], listed.sender_long[keep], listed.n_recv, listed.n_send
-        )
-        pairs = kept[0]
-        _ = pairs.receiver, pairs.sender_long
-        return pairs, r[keep][kept[1]]
-
-    def sum_forces(self, gradient: Tensor) -> Tensor:
-        """dE/dr_ij (n_pair, 3) of the pairs inside -> forces (n, 3) float64."""
-        pairs, g = self.inside[0], gradient.detach().double()
-        return pair_forces_to_atoms(g, pairs)
-
-    def notes(self) -> dict[str, Any]:
-        """Atoms, cutoff and neighbours, for the JSON file."""
-        n_pair, n = self.inside[0].n_pair, len(self.atoms)
-        skin = self.geometry.pairs.n_pair
-        return {
-            "atoms": n,
-            "rcut": self.rcut,
-            "neighbours": round(n_pair / n, 1),
-            "neighbours with skin": round(skin / n, 1),
-        }
-
 
 def kernel_geometry(geometry: Geometry) -> Any:
     """Positions and skin list, as the fused kernels on the CPU read them."""
@@ -143,11 +173,11 @@ def kernel_geometry(geometry: Geometry) -> Any:
     )
 
 
-def exact(model: Hipnn, problem: Problem) -> Evaluation:
+def exact(model: Hipnn, problem: Work) -> Evaluation:
     """Energies and forces of the same weights in float64, by torch's plain operations."""
     twin = Hipnn(model.config)
     twin.load_state_dict(model.state_dict())
-    potential = Potential(twin, dtype="float64")
+    potential = Potential(twin, device=problem.species.device, dtype="float64")
     pairs, r = problem.inside
     return potential.evaluate_pairs(problem.species, pairs, r, backend="torch")
 
@@ -157,17 +187,16 @@ class Twin:
 
     Args:
         model: ours, float32.
+        device: where hippynn's is to compute.
     """
 
-    def __init__(self, model: Hipnn):
-        from hippynn.interfaces.lammps_interface.graph_setup import setup_LAMMPS_graph
+    def __init__(self, model: Hipnn, device: torch.device | str = "cpu"):
+        self.graph = _graph_setup().setup_LAMMPS_graph(to_hippynn(model))[2].to(device)
 
-        self.graph = setup_LAMMPS_graph(to_hippynn(model))[2]
-
-    def evaluate(self, problem: Problem, r: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, problem: Work, r: Tensor) -> tuple[Tensor, Tensor]:
         """Energy () and dE/dr_ij (n_pair, 3) from pair vectors (n_pair, 3), float32."""
         pairs = problem.inside[0]
-        n = torch.tensor(len(problem.atoms))
+        n = torch.tensor(len(problem.species))
         z = problem.species[None]
         _, energy, g = self.graph(z, pairs.receiver, pairs.sender_long, r.requires_grad_(), n)
         return energy, -g  # hippynn's is the force on the pair vector
@@ -175,6 +204,19 @@ class Twin:
     def parameter(self, name: str) -> list[torch.nn.Parameter]:
         """Those whose name ends so, layer by layer."""
         return [p for key, p in self.graph.named_parameters() if key.endswith(name)]
+
+
+def _graph_setup() -> Any:
+    """hippynn.interfaces.lammps_interface.graph_setup, whose package imports lammps at once."""
+    import hippynn
+
+    name = "hippynn.interfaces.lammps_interface.graph_setup"
+    folder = Path(hippynn.__file__).parent / "interfaces" / "lammps_interface"
+    found = spec_from_file_location(name, folder / "graph_setup.py")
+    assert found is not None and found.loader is not None
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 @contextmanager
