@@ -56,6 +56,7 @@ def list_cases() -> list[str]:
     for name, case in CASES.items():
         first = (case.__doc__ or "").strip().splitlines()[0]
         lines.append(f"{name:8s}{'*' if name in DEFAULT else ' '} {first}")
+    lines.append("gpu       what a GPU does, beside hippynn on its Triton kernels; runs alone")
     return [*lines, "* runs where no case is named"]
 
 

