@@ -35,7 +35,7 @@ COLUMNS = (
     *("what", "provider", "atoms", "ms (20-80 %)", "atom-steps/s", "ratio", "of floor"),
     *("kB/atom", "first step, s", "error", "remarks"),
 )
-REMARKS = ("searches of the list", "steps", "ended by")
+REMARKS = ("searches of the list", "steps", "atoms did not fit", "atoms were not tried")
 MODULE = "md_plugin.bench_device_cases"
 
 
@@ -132,15 +132,14 @@ def of_floor(row: Row, ceilings: dict[str, float]) -> float | None:
     if not (counted and n and ceilings and row.seconds):
         return None
     half, passes = bool(row.notes.get("half")), row.notes["passes"]
-    return n * floor(counted, ceilings, half=half, passes=passes) / row.seconds
+    least: float = n * floor(counted, ceilings, half=half, passes=passes)
+    return least / row.seconds
 
 
 def _cells(row: Row, ceilings: dict[str, float]) -> list[str]:
     notes, fraction = row.notes, of_floor(row, ceilings)
     n, first = notes.get("atoms"), notes.get("first step here, s")
-    remarks = [
-        f"{notes[k]} {k}" if k != "ended by" else str(notes[k]) for k in REMARKS if k in notes
-    ]
+    remarks = [f"{notes[k]} {k}" for k in REMARKS if k in notes]
     status = [] if row.status == "ok" else [row.status]
     time = None
     if row.seconds is not None and row.low is not None and row.high is not None:

@@ -74,7 +74,10 @@ def entries(net: Hipnn, layers: int, options: Options) -> list[Entry]:
         Entry("ours, no graphs", OURS, ours(fused, graphs="never")),
     ]
     if layers > 1:
-        found.append(Entry("ours, fast", OURS, ours(fused, dtype="fast"), FAST, half=True))
+        # Interpreted, a step of this takes seconds, and the units that it is made for are absent.
+        absent = "" if options.device.startswith("cuda") else "absent: needs a GPU"
+        fast = ours(fused, dtype="fast")
+        found.append(Entry("ours, fast", OURS, fast, FAST, half=True, absent=absent))
     found.append(Entry("ours, closed", OURS, ours(closed)))
     return [*found, Entry(peer_name(options), HIPPYNN, their(bench_work.peer, net, options))]
 
@@ -158,9 +161,9 @@ def memory(options: Options, absent: str) -> Iterator[Row]:
                 n *= 2
             except Exception as problem:
                 reason = f"{type(problem).__name__}: {str(problem)[:200]}"
-        ended = f"{n} atoms: {reason}" if reason else f"not tried: {n} atoms"
+        ended = {"atoms did not fit" if reason else "atoms were not tried": n, "reason": reason}
         status = "ok" if row.notes else f"failed: {reason}"
-        yield replace(row, status=status, notes={**row.notes, "ended by": ended})
+        yield replace(row, status=status, notes={**row.notes, **ended})
 
 
 def _step_of(entry: Entry, load: Workload, n: int, options: Options) -> int | None:

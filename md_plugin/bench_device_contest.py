@@ -49,6 +49,7 @@ class Entry:
         make: gives what computes a problem.
         tolerance: largest allowed error.
         half: whether sums are in float16.
+        absent: why it cannot run here; "" where it can.
         noted: what its first steps told.
     """
 
@@ -57,6 +58,7 @@ class Entry:
     make: Make
     tolerance: float = FLOAT32
     half: bool = False
+    absent: str = ""
     noted: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +90,7 @@ def timed(work: Work, who: list[Entry], absent: str, error: Callable[..., float]
                 entry.noted = first_steps(lambda: made()(large), options)
             return off
 
-        missing = absent if entry.side == HIPPYNN else ""
+        missing = entry.absent or (absent if entry.side == HIPPYNN else "")
         call = lambda: made()(large)  # noqa: E731
         return Provider(entry.name, entry.side, call, check, None, entry.tolerance, absent=missing)
 
