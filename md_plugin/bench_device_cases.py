@@ -31,7 +31,7 @@ from md_plugin.bench_device_contest import (
     HELD,
     Entry,
     Make,
-    Work,
+    Task,
     first_steps,
     peer_kernels,
     peer_name,
@@ -57,8 +57,8 @@ def inference(name: str, options: Options, absent: str) -> Iterator[Row]:
     """Energy and forces of a workload by all, and the first step of fresh processes."""
     load = sized(WORKLOADS[name], options)
     net = load.network()
-    work = Work(f"{load.what}", load, net, options)
-    yield from timed(work, entries(net, load.layers, options), absent, bench_work.energy_error)
+    task = Task(load.what, load, net, options)
+    yield from timed(task, entries(net, load.layers, options), absent, bench_work.energy_error)
     yield from fresh(name, load, options)
 
 
@@ -88,7 +88,7 @@ def train(name: str, options: Options, absent: str) -> Iterator[Row]:
     for share, words in ((1, ""), (4, ", a quarter of the atoms")):
         load = replace(whole, atoms=whole.atoms // share)
         net = load.network()
-        work = Work(f"{load.what}, training step{words}", load, net, options, TRAINING_PASSES)
+        task = Task(f"{load.what}, training step{words}", load, net, options, TRAINING_PASSES)
         both = [
             Entry(
                 "ours, closed",
@@ -103,7 +103,7 @@ def train(name: str, options: Options, absent: str) -> Iterator[Row]:
                 bench_work.TRAINED,
             ),
         ]
-        rows = list(timed(work, both, absent, bench_work.gradient_error))
+        rows = list(timed(task, both, absent, bench_work.gradient_error))
         yield from rows
         if not any("OutOfMemory" in row.status for row in rows):
             return

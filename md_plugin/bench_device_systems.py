@@ -40,7 +40,8 @@ from md_plugin.neighbours import complete_cell
 from md_plugin.pairs import Geometry, Pairs
 
 ALUMINIUM, SILVER = 4.05, 4.09  # Å, cubic cells
-MOLECULE, BOND = 21, 2.2  # atoms; Å, side of the cubic cell of which molecules are cut out
+MOLECULE, BOND = 21, 2.25  # atoms; Å, side of the cubic cell of which molecules are cut out
+STIR = 0.02  # Å, of atoms of molecules; hippynn warns, at a cost, of pairs below 1.43 Å
 FCC = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
 VECTOR: dict[str, Any] = {"species": (1, 6, 7, 8), "order": 1, "n_feat": 128, "rcut": RCUT_46}
 QUADRUPOLE: dict[str, Any] = {"species": (47,), "order": 2, "n_feat": 8, "n_nu": 16, "rcut": 4.0}
@@ -163,7 +164,7 @@ def molecules(n: int, side: float, species: tuple[int, ...], rng: np.random.Gene
     near = sites[np.argsort(np.linalg.norm(sites, axis=1), kind="stable")[:MOLECULE]]
     count = n // MOLECULE
     n = count * MOLECULE
-    x = np.tile(near, (count, 1)) + rng.normal(scale=NOISE / 3, size=(n, 3))
+    x = np.tile(near, (count, 1)) + rng.normal(scale=STIR, size=(n, 3))
     system = np.repeat(np.arange(count), MOLECULE)
     return _systems(x, np.zeros((count, 3, 3)), system, rng.choice(species, n), False)
 
