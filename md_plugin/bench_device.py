@@ -27,13 +27,14 @@ import torch
 from md_plugin import bench_machine, bench_report
 from md_plugin.bench_core import Options, Row, peer_absence
 from md_plugin.bench_device_cases import CASES, CEILINGS
+from md_plugin.bench_device_contest import FIRST
 from md_plugin.bench_device_systems import floor
 from md_plugin.bench_process import CaseError, run_case
 from md_plugin.devices import choose_device
 
 COLUMNS = (
     *("what", "provider", "atoms", "ms (20-80 %)", "atom-steps/s", "ratio", "of floor"),
-    *("kB/atom", "first step, s", "error", "remarks"),
+    *("kB/atom", "first, s", "error", "remarks"),
 )
 REMARKS = ("searches of the list", "steps", "atoms did not fit", "atoms were not tried")
 MODULE = "md_plugin.bench_device_cases"
@@ -57,7 +58,9 @@ def device_options(device: str, *, rounds: int | None, quick: bool, kept: bool) 
     rounds = rounds if rounds is not None else 2 if quick else 5
     if rounds < 1:
         raise ValueError("--rounds must be at least 1")
-    return Options(rounds=rounds, quick=quick, kept=kept, device=str(chosen))
+    # With its number: tensors have one, and torch.cuda.set_device takes no other.
+    place = f"cuda:{chosen.index or 0}" if chosen.type == "cuda" else "cpu"
+    return Options(rounds=rounds, quick=quick, kept=kept, device=place)
 
 
 def run_device_bench(
@@ -138,7 +141,7 @@ def of_floor(row: Row, ceilings: dict[str, float]) -> float | None:
 
 def _cells(row: Row, ceilings: dict[str, float]) -> list[str]:
     notes, fraction = row.notes, of_floor(row, ceilings)
-    n, first = notes.get("atoms"), notes.get("first step here, s")
+    n, first = notes.get("atoms"), notes.get(FIRST)
     remarks = [f"{notes[k]} {k}" for k in REMARKS if k in notes]
     status = [] if row.status == "ok" else [row.status]
     time = None

@@ -70,7 +70,7 @@ def test_models_and_training_are_checked_and_timed_beside_hippynn(case, no_proce
     done = [row for row in rows if row.provider != "ours, fast"]
     assert {row.status for row in done} == {"ok"}, rows
     assert all(row.seconds > 0 and row.ratio > 0 and row.error < FLOAT32 for row in done)
-    assert all(row.notes["first step here, s"] > 0 for row in done)
+    assert all(row.notes[contest.FIRST] > 0 for row in done)
     assert [row.ratio for row in done if row.side == HIPPYNN] == [1.0] * len({r.what for r in rows})
     whats = {row.what.partition(", training")[1] for row in rows}
     assert whats == ({"", ", training"} if case == "C" else {""})
@@ -246,7 +246,7 @@ def test_peak_memory_is_that_beyond_what_was_held(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     calls = []
     noted = contest.first_steps(lambda: calls.append(1), replace(TINY, device="cuda"))
-    assert noted == {"first step here, s": pytest.approx(2e-3), contest.HELD: 4000}
+    assert noted == {contest.FIRST: pytest.approx(2e-3), contest.HELD: 4000}
     assert len(calls) == 3, "as it is, recorded, replayed"
 
 
@@ -319,7 +319,7 @@ def scripted(monkeypatch, said):
 def test_files_are_written_after_each_case(monkeypatch, tmp_path, capsys):
     row = Row("A", "A: work", "ours", OURS, "ok", 1e-6, 2e-3, 1e-3, 3e-3, 5.0)
     notes = {"atoms": 1000, "floor": {"flop": 1e6, "numbers": 0.0, "features": 64}}
-    notes |= {"half": False, "passes": 1, "first step here, s": 3.0, "steps": 7}
+    notes |= {"half": False, "passes": 1, contest.FIRST: 3.0, "steps": 7}
     row = asdict(replace(row, notes=notes, bytes_per_atom=1500.0))
     card = {"name": "a card", "driver": "1.2"}
     seen, folder = scripted(
@@ -365,6 +365,15 @@ def test_what_it_refuses(monkeypatch, capsys):
     assert main(["bench", "gpu", "--rounds", "0"]) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
     assert any(line.startswith("gpu ") for line in bench_cases.list_cases())
+
+
+def test_devices_have_their_number(monkeypatch):
+    """torch.cuda.set_device does not take "cuda"."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for given, wanted in (("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
+        options = bench_device.device_options(given, rounds=None, quick=False, kept=False)
+        assert (options.device, options.rounds) == (wanted, 5)
 
 
 def test_it_runs_with_torch_triton_numpy_numba_and_safetensors_alone(tmp_path):
