@@ -36,7 +36,7 @@ COLUMNS = (
     *("what", "provider", "atoms", "ms (20-80 %)", "atom-steps/s", "ratio", "of floor"),
     *("kB/atom", "first, s", "error", "remarks"),
 )
-REMARKS = ("searches of the list", "steps", "atoms did not fit", "atoms were not tried")
+REMARKS = ("searches of the list", "steps", "did not fit", "not tried")
 MODULE = "md_plugin.bench_device_cases"
 
 
@@ -142,7 +142,7 @@ def of_floor(row: Row, ceilings: dict[str, float]) -> float | None:
 def _cells(row: Row, ceilings: dict[str, float]) -> list[str]:
     notes, fraction = row.notes, of_floor(row, ceilings)
     n, first = notes.get("atoms"), notes.get(FIRST)
-    remarks = [f"{notes[k]} {k}" for k in REMARKS if k in notes]
+    remarks = [f"{k}: {notes[k]}" for k in REMARKS if k in notes]
     status = [] if row.status == "ok" else [row.status]
     time = None
     if row.seconds is not None and row.low is not None and row.high is not None:

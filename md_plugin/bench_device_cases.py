@@ -161,7 +161,7 @@ def memory(options: Options, absent: str) -> Iterator[Row]:
                 n *= 2
             except Exception as problem:
                 reason = f"{type(problem).__name__}: {str(problem)[:200]}"
-        ended = {"atoms did not fit" if reason else "atoms were not tried": n, "reason": reason}
+        ended = {"did not fit" if reason else "not tried": n, "reason": reason}
         status = "ok" if row.notes else f"failed: {reason}"
         yield replace(row, status=status, notes={**row.notes, **ended})
 

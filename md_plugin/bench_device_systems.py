@@ -86,7 +86,7 @@ WORKLOADS = {
     "A": Workload("A: 1 layer, 64 features", 100_000),
     "A2": Workload("A2: 2 layers, 64 features", 100_000, 2),
     "B": Workload("B: 2 vector layers, 128 features", 50_000, 2, _B),
-    "C": Workload("C: 64 molecules, network of B", 64 * MOLECULE, 2, _B, BOND, molecules=True),
+    "C": Workload("C: molecules, network of B", 64 * MOLECULE, 2, _B, BOND, molecules=True),
 }
 LOOP_SIZES = (18_176, 568, 2_272)
 LOOP = Workload("silver", LOOP_SIZES[0], 1, {**QUADRUPOLE, "r_min": 1.5, "r_max": 3.8}, SILVER)
