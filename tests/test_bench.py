@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from lammps_helpers import needs_lammps
 
-from md_plugin import bench_cases, bench_core, bench_memory, bench_report, bench_scale
-from md_plugin.bench_core import HIPPYNN, OURS, Options, Row
-from md_plugin.bench_counts import BYTES, CALLS, OPERATORS
-from md_plugin.bench_race import loop_times
-from md_plugin.bench_systems import Problem, aluminium, silver, threads_and_kernels
+from md_plugin.bench import cases, core, memory, report, scale
+from md_plugin.bench.core import HIPPYNN, OURS, Options, Row
+from md_plugin.bench.counts import BYTES, CALLS, OPERATORS
+from md_plugin.bench.race import loop_times
+from md_plugin.bench.systems import Problem, aluminium, silver, threads_and_kernels
 
 QUICK = Options(atoms=32, rounds=2, quick=True, seed=5)
 IN_PYTHON = ("sums", "layer", "model", "train", "ase")
@@ -20,7 +20,7 @@ IN_PYTHON = ("sums", "layer", "model", "train", "ase")
 def rows_of(case, options=QUICK):
     """What a process of that case says, after it went through JSON."""
     with threads_and_kernels(options):
-        said = [json.loads(json.dumps(m)) for m in bench_cases.messages(case, options)]
+        said = [json.loads(json.dumps(m)) for m in cases.messages(case, options)]
     assert {"doing"} < {key for message in said for key in message} or case in ("scale", "memory")
     return [Row(**message["row"]) for message in said if "row" in message]
 
@@ -61,7 +61,7 @@ def test_models_are_counted():
         peer = found["hippynn, numba"]
         assert 0 < ours[OPERATORS] < closed[OPERATORS] and 0 < ours[BYTES] < closed[BYTES]
         assert ours[CALLS] > 0 and closed[CALLS] > 0 and peer[CALLS] > 0
-        (line,) = [s for s in bench_report.sentences(rows) if s.startswith(what)]
+        (line,) = [s for s in report.sentences(rows) if s.startswith(what)]
         assert f"hippynn, numba {peer[OPERATORS]}, " in line and "(again)" not in line
 
 
@@ -84,7 +84,7 @@ def test_others_run_beside_ours():
 
 
 def test_silver_without_lammps_or_hippynn(no_hippynn, monkeypatch):
-    monkeypatch.setattr("md_plugin.bench_race.lammps_absence", lambda: "not installed: LAMMPS")
+    monkeypatch.setattr("md_plugin.bench.race.lammps_absence", lambda: "not installed: LAMMPS")
     rows = rows_of("silver")
     assert by_provider(rows, "silver, 568 atoms")["ours, closed"].status == "ok"
     assert by_provider(rows, "silver, LAMMPS step")["ours"].status == "not installed: LAMMPS"
@@ -101,9 +101,9 @@ def test_memory_is_a_slope_of_both_sides():
 
 
 def test_memory_without_hippynn_and_with_a_broken_process(no_hippynn, monkeypatch):
-    monkeypatch.setattr(bench_memory.sys, "executable", "false")
+    monkeypatch.setattr(memory.sys, "executable", "false")
     rows = by_provider(rows_of("memory"))
-    assert rows["hippynn, numba"].status == bench_core.NO_PEER
+    assert rows["hippynn, numba"].status == core.NO_PEER
     assert rows["ours, fused"].status == "failed: 108 atoms: exit code 1"
 
 
@@ -120,9 +120,9 @@ def test_scale_says_time_memory_and_efficiency():
 
 
 def test_scale_does_not_try_what_does_not_fit(monkeypatch):
-    monkeypatch.setattr(bench_scale, "available_bytes", lambda: 2**30 + 1e6)
-    monkeypatch.setattr("md_plugin.bench_lammps.lammps_absence", lambda: "")
-    monkeypatch.setattr(bench_scale, "measure", lambda *_: pytest.fail("it was tried"))
+    monkeypatch.setattr(scale, "available_bytes", lambda: 2**30 + 1e6)
+    monkeypatch.setattr("md_plugin.bench.lammps.lammps_absence", lambda: "")
+    monkeypatch.setattr(scale, "measure", lambda *_: pytest.fail("it was tried"))
     rows = rows_of("scale")
     assert rows[0].status == "skipped: 108 atoms need about 0.0 GB, 0.0 GB are free"
     assert rows[1].status.startswith(("skipped: 500 atoms need", "not installed"))

@@ -13,27 +13,21 @@ import pytest
 import torch
 from kernel_cases import absence
 
-from md_plugin import (
-    bench_cases,
-    bench_core,
-    bench_device,
-    bench_device_cases,
-    bench_device_ceilings,
-)
-from md_plugin import bench_device_contest as contest
-from md_plugin import bench_device_systems as systems
-from md_plugin.bench_core import FLOAT32, HIPPYNN, OURS, Options, Row
-from md_plugin.bench_device_contest import Entry, Task, peer_kernels, potential, timed
-from md_plugin.bench_device_loop import Dynamics
-from md_plugin.bench_process import CaseError
-from md_plugin.bench_systems import (
+from md_plugin.bench import cases, core, gpu, gpu_cases, gpu_ceilings
+from md_plugin.bench import gpu_contest as contest
+from md_plugin.bench import gpu_systems as systems
+from md_plugin.bench.core import FLOAT32, HIPPYNN, OURS, Options, Row
+from md_plugin.bench.gpu_contest import Entry, Task, peer_kernels, potential, timed
+from md_plugin.bench.gpu_loop import Dynamics
+from md_plugin.bench.process import CaseError
+from md_plugin.bench.systems import (
     Problem,
     aluminium,
     exact,
     network,
     threads_and_kernels,
 )
-from md_plugin.bench_work import energy_error, fused
+from md_plugin.bench.work import energy_error, fused
 from md_plugin.cli import main
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
@@ -58,13 +52,13 @@ NOT_NEEDED = (
 def rows_of(case, options=TINY):
     """What a process of that case says, after it went through JSON."""
     with threads_and_kernels(options, peer=False):
-        said = json.loads(json.dumps(list(bench_device_cases.messages(case, options))))
+        said = json.loads(json.dumps(list(gpu_cases.messages(case, options))))
     return [Row(**message["row"]) for message in said]
 
 
 @pytest.fixture
 def no_processes(monkeypatch):
-    monkeypatch.setattr(bench_device_cases, "fresh", lambda *_: iter(()))
+    monkeypatch.setattr(gpu_cases, "fresh", lambda *_: iter(()))
 
 
 @pytest.mark.parametrize("case", ["A", "C"])
@@ -85,9 +79,9 @@ def test_models_and_training_are_checked_and_timed_beside_hippynn(case, no_proce
 def test_without_hippynn_its_rows_say_so(monkeypatch, no_processes):
     monkeypatch.setitem(sys.modules, "hippynn", None)
     status = {row.provider: row.status for row in rows_of("A")}
-    assert status["hippynn, numba"] == bench_core.NO_PEER and status["ours"] == "ok"
+    assert status["hippynn, numba"] == core.NO_PEER and status["ours"] == "ok"
     (ours, peer) = rows_of("memory")
-    assert peer.status == bench_core.NO_PEER
+    assert peer.status == core.NO_PEER
     assert ours.notes["atoms"] == 64 and ours.notes["not tried"] == 128
 
 
@@ -137,10 +131,10 @@ def test_a_quarter_is_trained_where_memory_is_short(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return training_step(potential, problem)
 
-    training_step = bench_device_cases.bench_work.training_step
-    monkeypatch.setattr(bench_device_cases.bench_work, "training_step", step)
+    training_step = gpu_cases.work.training_step
+    monkeypatch.setattr(gpu_cases.work, "training_step", step)
     monkeypatch.setattr(contest, "CHECKED_ATOMS", 8)
-    rows = list(bench_device_cases.train("A", TINY, "absent here"))
+    rows = list(gpu_cases.train("A", TINY, "absent here"))
     ours = {row.what: row.status for row in rows if row.provider == "ours, closed"}
     assert [status[:17] for status in ours.values()] == ["failed: OutOfMemo", "ok"]
     assert list(ours)[1].endswith("training step, a quarter of the atoms")
@@ -153,8 +147,8 @@ def test_memory_ends_where_it_does_not_fit(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {contest.HELD: 1000 * n}
 
-    monkeypatch.setattr(bench_device_cases, "first_steps", steps)
-    row, _ = bench_device_cases.memory(TINY, "absent here")
+    monkeypatch.setattr(gpu_cases, "first_steps", steps)
+    row, _ = gpu_cases.memory(TINY, "absent here")
     assert (row.status, row.bytes_per_atom, row.notes["atoms"]) == ("ok", 1000.0, 32)
     assert row.notes["did not fit"] == 64 and "OutOfMemory" in row.notes["reason"]
 
@@ -167,7 +161,7 @@ def test_a_part_that_raises_leaves_the_others(monkeypatch):
     def whole(options, absent):
         yield Row("", "other", "ours", OURS, "ok")
 
-    monkeypatch.setitem(bench_device_cases.CASES, "B", (broken, whole))
+    monkeypatch.setitem(gpu_cases.CASES, "B", (broken, whole))
     assert [(row.case, row.what, row.status) for row in rows_of("B")] == [
         ("B", "half done", "ok"),
         ("B", "B", "failed: ZeroDivisionError: no reason"),
@@ -190,7 +184,7 @@ def test_molecular_dynamics_keeps_its_energy_and_finds_its_neighbours(monkeypatc
     assert abs(moving.total_energy() - before) < 1e-3 * kinetic
     assert 1 < moving.builds < 60 and moving.steps == 60
     want = exact(made.model, systems.DeviceProblem(moving.systems, load.network().rcut)).forces
-    assert bench_core.relative(moving.forces, want) < FLOAT32
+    assert core.relative(moving.forces, want) < FLOAT32
 
 
 @pytest.mark.parametrize("name", ["A", "A2", "B", "C"])
@@ -248,12 +242,12 @@ def test_floors_are_those_of_the_study():
 
 
 def test_ceilings_and_card_of_a_cpu():
-    found = bench_device_ceilings.ceilings(TINY)
+    found = gpu_ceilings.ceilings(TINY)
     names = {"copy_gb_per_s", "launch_us", "gather_256_gb_per_s", "gather_512_gb_per_s"}
     names |= {f"gemm_{kind}_tflops" for kind in ("fp32", "tf32", "fp16")}
     assert set(found) == names and all(value > 0 for value in found.values())
     assert torch.get_float32_matmul_precision() == "highest"
-    assert "tiny sizes" in bench_device_ceilings.card(TINY)["name"]
+    assert "tiny sizes" in gpu_ceilings.card(TINY)["name"]
 
 
 def test_peak_memory_is_that_beyond_what_was_held(monkeypatch):
@@ -278,15 +272,15 @@ def test_what_only_a_card_has(monkeypatch):
         def capture(self, call):
             return call, None
 
-    monkeypatch.setattr(bench_device_ceilings, "CudaRecorder", Recorder)
-    assert bench_device_ceilings.graph_node(TINY) > 0
+    monkeypatch.setattr(gpu_ceilings, "CudaRecorder", Recorder)
+    assert gpu_ceilings.graph_node(TINY) > 0
     found = {"name": "a card", "major": 9, "minor": 0, "multi_processor_count": 132}
     found = SimpleNamespace(**found, total_memory=80 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     for said, driver in (("1.2.3\n1.2.3\n", "1.2.3"), ("", None)):
         done = SimpleNamespace(stdout=said)
         monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
-        card = bench_device_ceilings.card(replace(TINY, device="cuda"))
+        card = gpu_ceilings.card(replace(TINY, device="cuda"))
         assert (card["name"], card["capability"], card["driver"]) == ("a card", "9.0", driver)
 
 
@@ -329,7 +323,7 @@ def scripted(monkeypatch, said):
             heard(message)
 
     options_folder = [None]
-    monkeypatch.setattr(bench_device, "run_case", run_case)
+    monkeypatch.setattr(gpu, "run_case", run_case)
     return seen, options_folder
 
 
@@ -349,7 +343,7 @@ def test_files_are_written_after_each_case(monkeypatch, tmp_path, capsys):
     )
     folder[0] = tmp_path / "gpu"
     with pytest.raises(CaseError, match="it broke"):
-        bench_device.run_device_bench(TINY, folder[0], ("A", "loop"))
+        gpu.run_device_bench(TINY, folder[0], ("A", "loop"))
     assert seen[0] is None and seen[1]["card"] == card and seen[1]["rows"] == []
     assert [r["case"] for r in seen[2]["rows"]] == ["A"]
     written = json.loads((folder[0] / "bench.json").read_text())
@@ -380,7 +374,7 @@ def test_what_it_refuses(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["bench", "gpu", "--rounds", "0"]) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
-    assert any(line.startswith("gpu ") for line in bench_cases.list_cases())
+    assert any(line.startswith("gpu ") for line in cases.list_cases())
 
 
 def test_devices_have_their_number(monkeypatch):
@@ -388,7 +382,7 @@ def test_devices_have_their_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for given, wanted in (("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
-        options = bench_device.device_options(given, rounds=None, quick=False, kept=False)
+        options = gpu.device_options(given, rounds=None, quick=False, kept=False)
         assert (options.device, options.rounds) == (wanted, 5)
 
 
@@ -400,7 +394,7 @@ def test_it_runs_with_torch_triton_numpy_numba_and_safetensors_alone(tmp_path):
     )
     code = (
         "from pathlib import Path\n"
-        "from md_plugin import bench_device as b\n"
+        "from md_plugin.bench import gpu as b\n"
         "options = b.device_options('cuda', rounds=None, quick=True, kept=False)\n"
         "b.run_device_bench(options, Path('gpu'), ('A',))\n"
     )
@@ -411,11 +405,11 @@ def test_it_runs_with_torch_triton_numpy_numba_and_safetensors_alone(tmp_path):
         command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert f"hippynn is {bench_core.NO_PEER}" in done.stdout
+    assert f"hippynn is {core.NO_PEER}" in done.stdout
     written = json.loads((tmp_path / "gpu" / "bench.json").read_text())
     rows = {row["provider"]: row for row in written["rows"]}
     assert rows["ours"]["status"] == "ok" and rows["ours"]["of_floor"] > 0
-    assert rows["hippynn, numba"]["status"] == bench_core.NO_PEER
+    assert rows["hippynn, numba"]["status"] == core.NO_PEER
     assert all(rows[f"ours, caches {kind}"]["seconds"] > 0 for kind in ("empty", "warm"))
     assert not (tmp_path / "gpu" / "bench.png").exists(), "there is no matplotlib"
 
@@ -426,6 +420,6 @@ def test_a_fresh_process_that_fails_is_a_row(monkeypatch):
             1, command, stderr="Traceback\nValueError: no such thing\n"
         )
 
-    monkeypatch.setattr(bench_device_cases.subprocess, "run", run)
-    (row,) = bench_device_cases.fresh("A", systems.WORKLOADS["A"], TINY)
+    monkeypatch.setattr(gpu_cases.subprocess, "run", run)
+    (row,) = gpu_cases.fresh("A", systems.WORKLOADS["A"], TINY)
     assert row.status == "failed: ValueError: no such thing" and row.seconds is None

@@ -11,17 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from md_plugin import (
-    bench,
-    bench_cases,
-    bench_contest,
-    bench_core,
-    bench_counts,
-    bench_machine,
-    bench_process,
-    bench_report,
-)
-from md_plugin.bench_core import HIPPYNN, OTHER, OURS, Contest, Options, Provider, Row
+from md_plugin.bench import cases, core, counts, machine, process, report
+from md_plugin.bench import run as bench
+from md_plugin.bench.contest import run, turn
+from md_plugin.bench.core import HIPPYNN, OTHER, OURS, Contest, Options, Provider, Row
 from md_plugin.cli import main
 
 QUICK = Options(atoms=32, rounds=2, quick=True, seed=5)
@@ -48,7 +41,7 @@ def scripted(monkeypatch):
         return started[-1]
 
     scripted_code = [""]
-    monkeypatch.setattr(bench_process.subprocess, "Popen", record)
+    monkeypatch.setattr(process.subprocess, "Popen", record)
     return scripted_code, started
 
 
@@ -73,7 +66,7 @@ def providers(calls):
 def test_a_wrong_provider_is_caught_and_not_timed():
     calls = []
     contest = Contest("work", providers(calls), "peer", atoms=10, flop=1e9)
-    rows = {row.provider: row for row in bench_contest.run("case", contest, Options(rounds=3))}
+    rows = {row.provider: row for row in run("case", contest, Options(rounds=3))}
     assert rows["wrong"].status == "wrong: error 1.0e-03, allowed 2e-05"
     assert rows["not a number"].status.startswith("wrong: error nan")
     assert rows["broken"].status == "failed: ZeroDivisionError: no reason"
@@ -91,7 +84,7 @@ def test_a_provider_that_fails_while_it_is_timed_ends_its_contest_only():
         raise MemoryError("too large")
 
     contest = Contest("work", (Provider("ours", OURS, fails, lambda: 0.0),))
-    rows = bench_contest.run("case", contest, Options(rounds=1))
+    rows = run("case", contest, Options(rounds=1))
     assert {row.status for row in rows} == {"failed: MemoryError: too large"}
 
 
@@ -110,7 +103,7 @@ def test_a_turn_starts_with_an_untimed_call_and_lasts(renewed):
         return 4e-3 * said.count("call") + 1.0 * said.count("new")
 
     # The clock runs on while inputs are made: that must not be seen.
-    assert bench_contest.turn(provider, clock) == pytest.approx(4e-3)
+    assert turn(provider, clock) == pytest.approx(4e-3)
     assert said == ["new", "call"] * 6 if renewed else ["call"] * 6
 
 
@@ -126,24 +119,24 @@ def test_counts_of_a_call():
         double(1.0)
         double(2.0)
 
-    counted = bench_counts.count(call, 10)
+    counted = counts.count(call, 10)
     # T, add, sum; T is a view. 30 numbers and one of 4 bytes.
-    assert counted[bench_counts.OPERATORS] == 3 and counted[bench_counts.CALLS] == 2
-    assert counted[bench_counts.BYTES] == round((30 + 1) * 4 / 10)
+    assert counted[counts.OPERATORS] == 3 and counted[counts.CALLS] == 2
+    assert counted[counts.BYTES] == round((30 + 1) * 4 / 10)
     assert "__call__" not in vars(type(double)) and double(3.0) == 6.0
 
 
 def test_errors_see_poison_and_shapes():
-    bench_core.poison(1)
+    core.poison(1)
     one = torch.ones(3)
-    assert math.isnan(bench_core.relative(torch.tensor([1.0, math.nan, 1.0]), one))
-    assert bench_core.relative(torch.ones(4), one) == math.inf
-    assert math.isnan(bench_core.worst(0.0, math.nan)) and bench_core.worst(1.0, 2.0) == 2.0
+    assert math.isnan(core.relative(torch.tensor([1.0, math.nan, 1.0]), one))
+    assert core.relative(torch.ones(4), one) == math.inf
+    assert math.isnan(core.worst(0.0, math.nan)) and core.worst(1.0, 2.0) == 2.0
 
 
 def test_json_has_a_certificate(tmp_path, no_hippynn, capsys):
     words = ["bench", "train", "--quick", "--atoms", "32", "--rounds", "2", "-o", str(tmp_path)]
-    threads = [1, 2] if bench_machine.cores() > 1 else [1]
+    threads = [1, 2] if machine.cores() > 1 else [1]
     assert main([*words, "--threads", ",".join(map(str, threads))]) == 0
     document = json.loads((tmp_path / "bench.json").read_text())
     certificate = document["certificate"]
@@ -170,7 +163,7 @@ def test_json_has_a_certificate(tmp_path, no_hippynn, capsys):
 
 def test_a_missing_peer_is_not_timed(no_hippynn):
     rows = {row.provider: row for row in bench.run_bench(["ase"], QUICK)}
-    assert rows["hippynn, numba"].status == bench_core.NO_PEER
+    assert rows["hippynn, numba"].status == core.NO_PEER
     assert rows["ours"].status == "ok" and rows["ours"].ratio is None
 
 
@@ -182,7 +175,7 @@ def test_a_case_that_fails_is_told_and_the_others_run(monkeypatch, tmp_path, cap
         run_case(case, replace(options, seed="none") if case == "ase" else options, heard)
 
     monkeypatch.setattr(bench, "run_case", bad_seed)
-    monkeypatch.setattr(bench.bench_machine, "commit", lambda: "0")
+    monkeypatch.setattr(bench.machine, "commit", lambda: "0")
     words = ["bench", "ase", "train", "--quick", "--atoms", "32", "-o", str(tmp_path)]
     assert main(words) == 2
     said = capfd.readouterr().err
@@ -195,11 +188,11 @@ def test_a_case_that_fails_is_told_and_the_others_run(monkeypatch, tmp_path, cap
 def test_a_process_that_dies_is_told(scripted):
     code, _ = scripted
     code[0] = "import os; os.kill(os.getpid(), 9)"
-    with pytest.raises(bench_process.CaseError, match=r"case sums, threads 1: ended by SIGKILL, w"):
-        bench_process.run_case("sums", QUICK, lambda _: None)
+    with pytest.raises(process.CaseError, match=r"case sums, threads 1: ended by SIGKILL, w"):
+        process.run_case("sums", QUICK, lambda _: None)
     code[0] = "raise SystemExit(3)"
-    with pytest.raises(bench_process.CaseError, match=r"case sums, threads 1: exit code 3"):
-        bench_process.run_case("sums", QUICK, lambda _: None)
+    with pytest.raises(process.CaseError, match=r"case sums, threads 1: exit code 3"):
+        process.run_case("sums", QUICK, lambda _: None)
 
 
 def test_an_interrupt_ends_the_process(scripted):
@@ -213,18 +206,18 @@ def test_an_interrupt_ends_the_process(scripted):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench_process.run_case("sums", QUICK, interrupt)
+        process.run_case("sums", QUICK, interrupt)
     assert started[0].returncode == 7, "it was interrupted, and could clean up"
 
 
 def test_what_a_case_prints_is_no_message(tmp_path):
     """Also what compiled code prints: the descriptor is another one."""
     code = (
-        "import os\nfrom md_plugin import bench_cases\n"
+        "import os\nfrom md_plugin.bench import cases\n"
         "def talk(case, options):\n"
         "    os.write(1, b'noise'); print('more noise', flush=True); yield {'doing': 'it'}\n"
-        "bench_cases.messages = talk\n"
-        "bench_cases.main({'case': 'sums', 'options': {}})\n"
+        "cases.messages = talk\n"
+        "cases.main({'case': 'sums', 'options': {}})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == '{"doing": "it"}\n'
@@ -235,7 +228,7 @@ def test_unknown_cases_and_senseless_options(capsys):
     assert main(["bench", "sums", "nothing_like_this"]) == 2
     said = capsys.readouterr().err
     assert "unknown case nothing_like_this" in said
-    assert all(case in said for case in bench_cases.CASES)
+    assert all(case in said for case in cases.CASES)
     assert main(["bench", "--rounds", "0"]) == 2
     assert "must be at least 1" in capsys.readouterr().err
 
@@ -247,7 +240,7 @@ def test_threads_that_are_no_numbers(text, capsys):
 
 
 def test_threads_are_counted(monkeypatch):
-    monkeypatch.setattr(bench_machine, "cores", lambda: 4)
+    monkeypatch.setattr(machine, "cores", lambda: 4)
     assert bench.thread_counts("2") == (2,) and bench.thread_counts("1, all") == (1, 4)
     assert bench.thread_counts("0") == (4,) and bench.thread_counts("4,all,1") == (4, 1)
     with pytest.raises(ValueError, match=r"--threads 1,5: there are 4 cores"):
@@ -258,28 +251,28 @@ def test_list_names_every_case(capsys):
     assert main(["bench", "--list"]) == 0
     said = capsys.readouterr().out
     lines = {line.split()[0]: line for line in said.splitlines()}
-    assert set(bench_cases.CASES) < set(lines)
-    assert all("*" in lines[name] for name in bench_cases.DEFAULT)
+    assert set(cases.CASES) < set(lines)
+    assert all("*" in lines[name] for name in cases.DEFAULT)
 
 
 def test_tables_name_threads_where_there_are_several():
     row = Row("layer", "a layer", "ours", OURS, "ok", 0.0, 1.0, 0.9, 1.1, gflops=100.0)
-    peaks = bench_report.peaks({1: CEILINGS, 2: CEILINGS})
-    page = bench_report.markdown([row, replace(row, threads=2)], peaks)
+    peaks = report.peaks({1: CEILINGS, 2: CEILINGS})
+    page = report.markdown([row, replace(row, threads=2)], peaks)
     assert "| ours | 1 |" in page and "| 100 % |" in page
     assert "| ours | 2 |" in page and "| 50 % |" in page, "of the peak of two cores"
-    one, two = (bench_report.table("layer", rows, "float32", peaks) for rows in ([row], [row] * 2))
+    one, two = (report.table("layer", rows, "float32", peaks) for rows in ([row], [row] * 2))
     assert one.title == "layer: float32, threads 1" and len(one.columns) == len(two.columns)
-    both = bench_report.table("layer", [row, replace(row, threads=2)], "float32", peaks)
+    both = report.table("layer", [row, replace(row, threads=2)], "float32", peaks)
     assert "threads" in [column.header for column in both.columns]
     assert "threads" not in [column.header for column in one.columns]
 
 
 def test_rows_without_peer_are_drawn(tmp_path):
     rows = [Row("scale", "1 layer", "ours", OURS, "ok", 0.0, 1.0, 0.9, 1.1, us_per_atom=3.0)]
-    certificate = bench_machine.certificate(QUICK, ["scale"], [1, 2])
-    bench_report.plot(rows, tmp_path / "a.png", certificate)
-    bench_report.plot([], tmp_path / "b.png", certificate)
+    certificate = machine.certificate(QUICK, ["scale"], [1, 2])
+    report.plot(rows, tmp_path / "a.png", certificate)
+    report.plot([], tmp_path / "b.png", certificate)
     assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
 
 
@@ -287,8 +280,8 @@ def test_no_process_is_left_where_the_bench_is_terminated(tmp_path):
     """A case runs in a session of its own, which a signal to the bench alone does not reach."""
     code = (
         "import sys\n"
-        "from md_plugin.bench_core import Options\n"
-        "from md_plugin.bench_process import started\n"
+        "from md_plugin.bench.core import Options\n"
+        "from md_plugin.bench.process import started\n"
         "sleeper = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
         "with started(sleeper, Options()) as child:\n"
         "    print(child.pid, flush=True)\n"

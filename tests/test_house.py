@@ -63,7 +63,7 @@ FLOORS = {
         "training",
         "training_*",
         "bench",
-        "bench_*",
+        "bench.*",
         "scaling",
         "demo",
         "demo_*",
@@ -72,8 +72,8 @@ FLOORS = {
     ),
     7: ("cli", "cli_*"),
 }
-LAZY_TO_LAMMPS = {"md_plugin.cli", "md_plugin.demo", "md_plugin.bench_lammps"}
-LAZY_TO_LAMMPS |= {"md_plugin.bench_race", "md_plugin.bench_ranks"}  # all of them in functions only
+LAZY_TO_LAMMPS = {"md_plugin.cli", "md_plugin.demo", "md_plugin.bench.lammps"}
+LAZY_TO_LAMMPS |= {"md_plugin.bench.race", "md_plugin.bench.ranks"}  # all of them in functions only
 
 # Package -> where it may be imported. torch and numpy are everywhere above floor 0's tables.
 ROOMS = {
@@ -124,7 +124,7 @@ ROOMS = {
         "lammps_interface.validate",
     ),
     "matplotlib": ("md_plugin.training_report", "md_plugin.bench*", "md_plugin.demo*"),
-    "pyscf": ("md_plugin.nanodft.basis", "md_plugin.nanodft.grid", "md_plugin.bench_nanodft"),
+    "pyscf": ("md_plugin.nanodft.basis", "md_plugin.nanodft.grid", "md_plugin.bench.nanodft"),
     "lammps": ("lammps_interface.*",),
     "mpi4py": ("lammps_interface.*",),
     "torch_sim": ("md_plugin.torch_sim_model",),

@@ -11,8 +11,10 @@ from lammps_helpers import needs_lammps
 from test_bench import QUICK, rows_of
 
 from lammps_interface.traffic import Traffic, read_traffic
-from md_plugin import bench_gpus, bench_ranks, bench_scaling, scaling
-from md_plugin.bench_core import Options
+from md_plugin import scaling
+from md_plugin.bench import predictions, ranks
+from md_plugin.bench import scaling as page
+from md_plugin.bench.core import Options
 from md_plugin.cli import main
 from md_plugin.scaling import Machine, Workload
 
@@ -78,7 +80,7 @@ def test_ghosts_and_bytes_are_those_that_lammps_counts():
 
 
 def test_rows_of_the_case():
-    runs = list(bench_ranks.runs(sized(256)))
+    runs = list(ranks.runs(sized(256)))
     assert len({(run.kind, run.model, len(run.atoms), run.ranks) for run in runs}) == len(runs)
     assert len(runs) == 3 * (3 * 3 + 3) and {run.ranks for run in runs} == {1, 2, 4}
     weak = [run for run in runs if run.kind == "weak" and run.model == "2 layers"]
@@ -91,7 +93,7 @@ def sized(atoms):
 
 
 def test_without_lammps_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(bench_ranks, "lammps_absence", lambda: "not installed: LAMMPS")
+    monkeypatch.setattr(ranks, "lammps_absence", lambda: "not installed: LAMMPS")
     assert {row.status for row in rows_of("ranks", QUICK)} == {"not installed: LAMMPS"}
 
 
@@ -182,9 +184,9 @@ def test_rows_that_tell_nothing_apart_are_refused(columns):
 def document(cores=2):
     """What the bench would write where every row took the time that the model says."""
     rows = []
-    for run in bench_ranks.runs(sized(256)):
-        grid = bench_ranks.GRIDS[run.ranks]
-        notes = bench_ranks.described(run, "{} by {} by {} MPI processor grid".format(*grid))
+    for run in ranks.runs(sized(256)):
+        grid = ranks.GRIDS[run.ranks]
+        notes = ranks.described(run, "{} by {} by {} MPI processor grid".format(*grid))
         sides = notes["sides"]
         work = Workload(run.model, notes["layers"], 64, notes["rcut"], 1.0, notes["density"])
         step = scaling.step(work, MACHINE, sides, run.ranks, max(1.0, run.ranks / cores))
@@ -209,7 +211,7 @@ def test_the_page_fits_what_was_measured_and_predicts_the_rest(tmp_path):
     source.write_text(json.dumps(document()))
     assert main(["scaling", str(source), "-o", str(tmp_path / "page")]) == 0
     written = json.loads((tmp_path / "page" / "scaling.json").read_text())
-    for model in bench_ranks.networks():
+    for model in ranks.networks():
         np.testing.assert_allclose(written["fit"][model]["values"], [1e-3, 1e-5, 1e-7], rtol=1e-6)
     np.testing.assert_allclose(written["fit"]["exchange"]["values"], [2e-5, 1e-9], rtol=1e-6)
     lines = (tmp_path / "page" / "scaling.md").read_text().splitlines()
@@ -219,7 +221,7 @@ def test_the_page_fits_what_was_measured_and_predicts_the_rest(tmp_path):
     assert sum("(held out; 2 ranks a core)" in line for line in rows) == 3 * 4
     assert (tmp_path / "page" / "scaling.png").stat().st_size > 10_000
     # The page can be made again from its own json.
-    again = bench_scaling.write(tmp_path / "page" / "scaling.json", tmp_path / "again")
+    again = page.write(tmp_path / "page" / "scaling.json", tmp_path / "again")
     assert again[1].read_text() == (tmp_path / "page" / "scaling.md").read_text()
 
 
@@ -231,11 +233,11 @@ def test_a_file_without_rows_is_refused(tmp_path, capsys):
 
 
 def test_predictions_say_what_does_not_fit():
-    rows = bench_gpus.predictions()
-    assert len(rows) == len(bench_gpus.NETWORKS) * 3 * 4
+    rows = predictions.predictions()
+    assert len(rows) == len(predictions.NETWORKS) * 3 * 4
     for row in rows:
         assert 0 < row.efficiency < 1 and row.exchange < row.seconds and row.least < row.seconds
-        assert len(row.cells()) == len(bench_gpus.COLUMNS)
+        assert len(row.cells()) == len(predictions.COLUMNS)
     found = {(row.network, row.kind, row.gpus, row.atoms): row for row in rows}
     one = found["1 layer, 64 features", "strong", 8, 10**9]
     assert one.problems == ["pairs of a rank"] and one.exchange == 0.0

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from md_plugin.bench_core import Options
+from md_plugin.bench.core import Options
 
 PATIENCE = 15.0  # s, for a process that was interrupted: it ends its LAMMPS, which may take 5 s
 
@@ -38,14 +38,14 @@ def run_case(
     case: str,
     options: Options,
     heard: Callable[[dict[str, Any]], None],
-    module: str = "md_plugin.bench_cases",
+    module: str = "md_plugin.bench.cases",
 ) -> None:
     """Run one case in a new process to its end.
 
     Args:
-        case: name of a case, or `bench_cases.CEILINGS`.
+        case: name of a case, or `cases.CEILINGS`.
         options: of the process.
-        heard: is given each message as it comes; see `bench_cases`.
+        heard: is given each message as it comes; see `cases`.
         module: runs the case, and ends in `speak`.
 
     Raises:

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from md_plugin.bench_core import OURS, Options, Row
-from md_plugin.bench_lammps import write_ours
-from md_plugin.bench_machine import cores
-from md_plugin.bench_race import Engine, Race, RaceError, lammps_absence, loop_times, run_lammps
-from md_plugin.bench_systems import fcc, network
+from md_plugin.bench.core import OURS, Options, Row
+from md_plugin.bench.lammps import write_ours
+from md_plugin.bench.machine import cores
+from md_plugin.bench.race import Engine, Race, RaceError, lammps_absence, loop_times, run_lammps
+from md_plugin.bench.systems import fcc, network
 from md_plugin.model.hipnn import Hipnn
 
 RANKS = (1, 2, 4)
@@ -33,7 +33,7 @@ GRIDS = {1: (1, 1, 1), 2: (1, 1, 2), 4: (1, 2, 2)}  # of the cubes in weak scali
 LATTICE = 4.05  # Å
 GRID = re.compile(r"(\d+) by (\d+) by (\d+) MPI processor grid")
 PART = re.compile(r"^(Pair|Neigh|Comm|Output|Modify|Other) *\|(?: *\S+ *\|)? *(\S+) *\|", re.M)
-SKIN = 1.0  # Å, as in `bench_race.SETUP`
+SKIN = 1.0  # Å, as in `race.SETUP`
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     Contest     providers that do the same work on the same input
     Row         one provider in one contest: what was found
 
-`bench_contest` makes rows of contests. Errors are relative to float64; `poison` fills memory with
+`contest` makes rows of contests. Errors are relative to float64; `poison` fills memory with
 NaN, so that output which is allocated but not written shows.
 """
 
@@ -117,7 +117,7 @@ class Contest:
         atoms: for seconds per atom; 0 where that says nothing.
         flop: dense floating point operations; 0 where they are not counted.
         notes: shapes and the like, for the JSON file.
-        counted: whether operators, allocations and kernel calls are counted (`bench_counts`).
+        counted: whether operators, allocations and kernel calls are counted (`counts`).
     """
 
     what: str

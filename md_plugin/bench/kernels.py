@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from md_plugin.bench_core import HIPPYNN, OURS, Contest, Options, Provider, present, relative, worst
-from md_plugin.bench_systems import (
+from md_plugin.bench.core import HIPPYNN, OURS, Contest, Options, Provider, present, relative, worst
+from md_plugin.bench.systems import (
     CHECKED_ATOMS,
     RCUT_60,
     Problem,
@@ -25,7 +25,7 @@ from md_plugin.bench_systems import (
     kernel_geometry,
     network,
 )
-from md_plugin.bench_vector import vector_layer
+from md_plugin.bench.vector import vector_layer
 from md_plugin.kernels import get_backend, reference
 from md_plugin.pairs import Pairs
 

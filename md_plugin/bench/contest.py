@@ -21,8 +21,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from md_plugin.bench_core import OURS, Contest, Options, Provider, Row, poison
-from md_plugin.bench_counts import count
+from md_plugin.bench.core import OURS, Contest, Options, Provider, Row, poison
+from md_plugin.bench.counts import count
 
 SECTION = 0.02  # s: far above the clock's steps and an interrupt's cost
 AGAIN = " (again)"

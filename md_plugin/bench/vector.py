@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from md_plugin.bench_core import (
+from md_plugin.bench.core import (
     HIPPYNN,
     OURS,
     Contest,
@@ -26,7 +26,7 @@ from md_plugin.bench_core import (
     relative,
     worst,
 )
-from md_plugin.bench_systems import (
+from md_plugin.bench.systems import (
     CHECKED_ATOMS,
     RCUT_46,
     Problem,

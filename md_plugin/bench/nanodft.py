@@ -20,7 +20,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.units import Bohr, Hartree
 
-from md_plugin.bench_core import OTHER, OURS, Contest, Options, Provider
+from md_plugin.bench.core import OTHER, OURS, Contest, Options, Provider
 from md_plugin.nanodft import energy_forces, two_electron_gradient
 from md_plugin.nanodft.basis import Basis
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from md_plugin.bench_contest import turn
-from md_plugin.bench_core import OURS, Options, Provider
+from md_plugin.bench.contest import turn
+from md_plugin.bench.core import OURS, Options, Provider
 from md_plugin.model.graphs import CudaRecorder
 
 NODES, GATHERS = 1000, 50  # in a graph

@@ -3,7 +3,7 @@
 Every provider is first right on another structure, then makes three steps of the timed one (with
 graphs: one as it is, one recorded, one replayed), which tell the seconds of the first and the peak
 of memory beyond what was held before; what fails in that is a row with the reason. The others are
-timed in interleaved rounds (`bench_contest`), by events of the device.
+timed in interleaved rounds (`contest`), by events of the device.
 
 hippynn runs on its Triton kernels (on a CPU, on numba's) and gets pairs within the cutoff, on the
 device; ours get positions and a list with skin.
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from md_plugin import bench_contest
-from md_plugin.bench_core import (
+from md_plugin.bench.contest import AGAIN, run
+from md_plugin.bench.core import (
     FLOAT32,
     HIPPYNN,
     Contest,
@@ -30,8 +30,8 @@ from md_plugin.bench_core import (
     peer_absence,
     poison,
 )
-from md_plugin.bench_device_systems import MOLECULE, DeviceProblem, Workload, counts
-from md_plugin.bench_systems import CHECKED_ATOMS, Twin
+from md_plugin.bench.gpu_systems import MOLECULE, DeviceProblem, Workload, counts
+from md_plugin.bench.systems import CHECKED_ATOMS, Twin
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
 
@@ -107,8 +107,8 @@ def timed(task: Task, who: list[Entry], absent: str, error: Callable[..., float]
     providers = tuple(map(provider, who))
     contest = Contest(task.what, providers, peer_name(options), n, notes=notes)
     known = {entry.name: entry for entry in who}
-    for row in bench_contest.run("", contest, options):
-        entry = known[row.provider.removesuffix(bench_contest.AGAIN)]
+    for row in run("", contest, options):
+        entry = known[row.provider.removesuffix(AGAIN)]
         held = entry.noted.get(HELD)
         row = replace(row, notes={**row.notes, **entry.noted, "half": entry.half})
         yield row if held is None else replace(row, bytes_per_atom=held / n)

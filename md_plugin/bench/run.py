@@ -1,9 +1,9 @@
 """Bench: this project beside hippynn, same weights, same structures, same run. `md-plugin bench`.
 
-`bench_cases` names the cases; each runs in a process of its own (`bench_process`), once for each
+`cases` names the cases; each runs in a process of its own (`process`), once for each
 wanted number of threads. Every provider is checked against float64 on fresh random inputs before
-anything is timed; rounds are interleaved (`bench_contest`); medians with 20 and 80 % quantiles; the
-machine's ceilings are measured in the same run (`bench_machine`). Speed is claimed as a ratio
+anything is timed; rounds are interleaved (`contest`); medians with 20 and 80 % quantiles; the
+machine's ceilings are measured in the same run (`machine`). Speed is claimed as a ratio
 within one run only: machines differ and are shared. Where hippynn is not installed the rows of ours
 stand alone.
 """
@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from md_plugin import bench_core, bench_machine, bench_report
-from md_plugin.bench_cases import CASES, CEILINGS, DEFAULT, PRECISION
-from md_plugin.bench_core import Options, Row
-from md_plugin.bench_process import CaseError, run_case
+from md_plugin.bench import core, machine, report
+from md_plugin.bench.cases import CASES, CEILINGS, DEFAULT, PRECISION
+from md_plugin.bench.core import Options, Row
+from md_plugin.bench.process import CaseError, run_case
 
 WIDTH = 110  # of tables in files and pipes
 Ceilings = dict[int, dict[str, float]]  # threads -> name -> value
@@ -51,16 +51,16 @@ def run_bench(
     names = _checked(list(cases) or list(DEFAULT), options, counts)
     run = _Run(console, [replace(options, threads=count) for count in counts])
     ceilings = run.ceilings()
-    missing = bench_core.peer_absence()
+    missing = core.peer_absence()
     if missing:
         console.print(f"hippynn is {missing}", highlight=False, soft_wrap=True, markup=False)
     rows = [row for name in names for row in run.case(name, ceilings)]
     if output is not None:
         document = {
-            "certificate": bench_machine.certificate(options, names, counts),
+            "certificate": machine.certificate(options, names, counts),
             "ceilings": ceilings,
         }
-        written = bench_report.write(output, document, rows)
+        written = report.write(output, document, rows)
         console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True, highlight=False)
     if run.failures:
         raise CaseError("; ".join(run.failures))
@@ -110,8 +110,8 @@ class _Run:
                     self.failures.append(str(problem))
                     self.console.print(f"failed: {problem}", style="red", markup=False)
         title = f"{PRECISION.get(name, 'float32')}, {self.settings[0].rounds} rounds"
-        self.console.print(bench_report.table(name, rows, title, bench_report.peaks(ceilings)))
-        for line in bench_report.sentences(rows):
+        self.console.print(report.table(name, rows, title, report.peaks(ceilings)))
+        for line in report.sentences(rows):
             self.console.print(line, highlight=False, markup=False)
         return rows
 
@@ -122,7 +122,7 @@ def thread_counts(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: something else, or more threads than cores.
     """
-    cores = bench_machine.cores()
+    cores = machine.cores()
     counts = []
     for word in text.split(","):
         word = word.strip()

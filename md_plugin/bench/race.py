@@ -1,4 +1,4 @@
-"""Potentials racing in LAMMPS: the scripts, the runs and their times; see `bench_lammps`.
+"""Potentials racing in LAMMPS: the scripts, the runs and their times; see `lammps`.
 
     check    each potential once on small atoms, `run 0`, forces against float64
     race     one LAMMPS, one script: for each round and each potential `clear`, the same atoms,
@@ -24,7 +24,7 @@ import torch
 from ase import Atoms
 from ase.data import atomic_masses
 
-from md_plugin.bench_core import (
+from md_plugin.bench.core import (
     FLOAT32,
     OURS,
     Contest,
@@ -33,7 +33,7 @@ from md_plugin.bench_core import (
     present,
     relative,
 )
-from md_plugin.bench_systems import CHECKED_ATOMS, Problem, aluminium, exact
+from md_plugin.bench.systems import CHECKED_ATOMS, Problem, aluminium, exact
 from md_plugin.model.hipnn import Hipnn
 
 SETUP = """\

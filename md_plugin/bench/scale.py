@@ -1,6 +1,6 @@
 """The case `scale`: ours alone, from 256 to a million atoms, and on several MPI ranks in LAMMPS.
 
-Each size is a process of its own (`bench_memory`), which tells time and memory. Memory per atom is
+Each size is a process of its own (`memory`), which tells time and memory. Memory per atom is
 a slope to a neighbouring size. Sizes that memory cannot hold, by the slope of the whole process at
 smaller sizes, are skipped and said so.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from md_plugin.bench_core import OURS, Options, Row
-from md_plugin.bench_lammps import ranks
-from md_plugin.bench_memory import Measured, MeasureError, measure, slope
+from md_plugin.bench.core import OURS, Options, Row
+from md_plugin.bench.lammps import ranks
+from md_plugin.bench.memory import Measured, MeasureError, measure, slope
 
 SIZES, QUICK_SIZES = (256, 2048, 16384, 131072, 1_000_000), (108,)
 DOUBLED = 200_000  # atoms, above which the slope is that to the size before, to save time

@@ -21,7 +21,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from md_plugin.bench_core import (
+from md_plugin.bench.core import (
     FLOAT32,
     HIPPYNN,
     OURS,
@@ -31,7 +31,7 @@ from md_plugin.bench_core import (
     peer_absence,
     present,
 )
-from md_plugin.bench_systems import (
+from md_plugin.bench.systems import (
     CHECKED_ATOMS,
     Problem,
     Twin,
@@ -39,7 +39,7 @@ from md_plugin.bench_systems import (
     network,
     silver,
 )
-from md_plugin.bench_work import (
+from md_plugin.bench.work import (
     TRAINED,
     Results,
     closed,
@@ -198,7 +198,7 @@ def peer_calculator(net: Hipnn) -> Any:
 
 def silver_case(options: Options) -> Iterator[Contest]:
     """The shape of LANL's ATS-5 "MLMD": silver, 568 to 18,176 atoms; LAMMPS at 568."""
-    from md_plugin.bench_lammps import lammps_contest
+    from md_plugin.bench.lammps import lammps_contest
 
     net = silver_network()
     for n in SILVER_SIZES[:1] if options.quick else SILVER_SIZES:

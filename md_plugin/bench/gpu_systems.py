@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from md_plugin.batch_neighbours import Systems
-from md_plugin.bench_core import Options
-from md_plugin.bench_systems import NOISE, RCUT_46, RCUT_60, SKIN, Work, network
+from md_plugin.bench.core import Options
+from md_plugin.bench.systems import NOISE, RCUT_46, RCUT_60, SKIN, Work, network
 from md_plugin.device_neighbours import search_cells
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.model.radial import N_COMPONENTS
@@ -55,7 +55,7 @@ class Workload:
         what: in tables.
         atoms: of the crystal; of all molecules where there are some.
         layers: interaction layers.
-        shape: changes of `bench_systems.network`.
+        shape: changes of `systems.network`.
         side: of the cubic cell of the crystal, Å.
         molecules: whether it is a batch of them.
     """
@@ -200,7 +200,7 @@ def floor(
 
     Args:
         counted: of `counts`.
-        ceilings: of `bench_device_ceilings`.
+        ceilings: of `gpu_ceilings`.
         half: whether sums are in float16; else float32 as three products of tf32.
         passes: evaluations that the work amounts to: 1, or 3 in training.
     """

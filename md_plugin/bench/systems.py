@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from md_plugin.bench_core import Options, peer_absence
+from md_plugin.bench.core import Options, peer_absence
 from md_plugin.evaluation import Evaluation, pair_forces_to_atoms
 from md_plugin.hippynn_io import to_hippynn
 from md_plugin.model.config import HipnnConfig

@@ -1,7 +1,7 @@
 """What the bench leaves: a table per case, `bench.json` and `bench.png`.
 
 bench.json: {"certificate": {...}, "ceilings": {threads: {...}}, "rows": [...]}; a row holds the
-fields of `bench_core.Row` and, where operations were counted, its fraction of the FMA peak of as
+fields of `core.Row` and, where operations were counted, its fraction of the FMA peak of as
 many cores as it has threads.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from md_plugin.bench_contest import AGAIN
-from md_plugin.bench_core import HIPPYNN, OURS, Row
-from md_plugin.bench_counts import BYTES, CALLS, OPERATORS
+from md_plugin.bench.contest import AGAIN
+from md_plugin.bench.core import HIPPYNN, OURS, Row
+from md_plugin.bench.counts import BYTES, CALLS, OPERATORS
 
 COLUMNS = (
     *("what", "provider", "threads", "ms (20-80 %)", "µs/atom", "ratio", "kB/atom"),

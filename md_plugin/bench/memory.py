@@ -1,6 +1,6 @@
 """Time and memory of one provider at one size, in a process of its own; and the case `memory`.
 
-    python -m md_plugin.bench_memory '{"kind": "fused", "layers": K, "atoms": N, "threads": T,
+    python -m md_plugin.bench.memory '{"kind": "fused", "layers": K, "atoms": N, "threads": T,
                                        "steps": R, "seed": S}'
 
 The process checks 256 other atoms against float64, builds the structure and its lists, evaluates
@@ -21,16 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from md_plugin import bench_models, bench_work
-from md_plugin.bench_core import FLOAT32, HIPPYNN, OURS, Options, Row, peer_absence, poison
-from md_plugin.bench_process import environment
-from md_plugin.bench_systems import Problem, Twin, aluminium, network, threads_and_kernels
-from md_plugin.bench_work import Results
+from md_plugin.bench import models, work
+from md_plugin.bench.core import FLOAT32, HIPPYNN, OURS, Options, Row, peer_absence, poison
+from md_plugin.bench.process import environment
+from md_plugin.bench.systems import Problem, Twin, aluminium, network, threads_and_kernels
+from md_plugin.bench.work import Results
 from md_plugin.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential
 
-KINDS = {"fused": "ours, fused", "closed": "ours, closed", "peer": bench_models.PEER}
+KINDS = {"fused": "ours, fused", "closed": "ours, closed", "peer": models.PEER}
 SIZES, QUICK_SIZES = (4000, 8000), (108, 256)
 BLOCK = 2**16  # bytes: larger blocks of memory are fresh pages of the system
 LIMIT = 900.0  # s, for one process
@@ -105,7 +105,7 @@ def measure(
         "threads": options.threads,
         "seed": options.seed,
     }
-    command = [sys.executable, "-W", "ignore", "-m", "md_plugin.bench_memory", json.dumps(task)]
+    command = [sys.executable, "-W", "ignore", "-m", "md_plugin.bench.memory", json.dumps(task)]
     try:
         done = subprocess.run(
             command,
@@ -135,7 +135,7 @@ def child(task: dict[str, Any]) -> Measured:
         # What is compiled, is compiled here: its memory does not count.
         small = Problem(aluminium(256, task["seed"] + 1), net.rcut)
         poison()
-        error = bench_work.energy_error(net, small, evaluate(small))
+        error = work.energy_error(net, small, evaluate(small))
         if not error <= FLOAT32:
             raise ValueError(f"wrong: error {error:.1e}, allowed {FLOAT32:.0e}")
         seconds = []
@@ -166,8 +166,8 @@ def child(task: dict[str, Any]) -> Measured:
 
 def _evaluation(kind: str, net: Hipnn, potential: Potential) -> Callable[[Problem], Results]:
     if kind == "peer":
-        return partial(bench_work.peer, Twin(net))
-    return partial(bench_work.fused if kind == "fused" else bench_work.closed, potential)
+        return partial(work.peer, Twin(net))
+    return partial(work.fused if kind == "fused" else work.closed, potential)
 
 
 def _status(name: str) -> int:

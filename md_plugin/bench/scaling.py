@@ -4,7 +4,7 @@
     exchange   X (latency swaps) + bytes / bandwidth              of all networks together
 
 are fitted to rows of one rank and of two in weak scaling; other rows are held out and predicted.
-The exchange of a row is that of the rank that waits least. Predictions for GPUs (`bench_gpus`) take
+The exchange of a row is that of the rank that waits least. Those for GPUs (`predictions`) take
 times and bandwidths that nobody has measured here.
 """
 
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from md_plugin import bench_gpus, scaling
+from md_plugin import scaling
+from md_plugin.bench import predictions
 from md_plugin.scaling import Fit, Machine, Workload
 
 RECOMPUTE_ATOMS = (1_000, 10_000, 100_000, 1_000_000)
@@ -32,7 +33,7 @@ class Measured:
     Attributes:
         what: the row in words.
         seconds: of a step.
-        notes: see `bench_ranks`.
+        notes: see `ranks`.
     """
 
     what: str
@@ -139,7 +140,7 @@ def write(source: Path, folder: Path) -> list[Path]:
     """
     document, rows = load(source)
     fits = fit(rows)
-    predicted = bench_gpus.predictions()
+    predicted = predictions.predictions()
     document |= {
         "fit": {name: asdict(found) for name, found in fits.items()},
         "predictions": [asdict(row) for row in predicted],
@@ -156,7 +157,7 @@ def page(
     certificate: dict[str, Any],
     rows: list[Measured],
     fits: dict[str, Fit],
-    predicted: list[bench_gpus.Prediction],
+    predicted: list[predictions.Prediction],
 ) -> str:
     """All tables, in markdown."""
     cpu, date, commit = (certificate[key] for key in ("cpu", "date", "commit"))
@@ -179,8 +180,8 @@ def page(
             rows=list(_recomputed(rows)),
         ),
         "## Predicted for GPUs, from assumptions",
-        bench_gpus.ASSUMED,
-        _table(*bench_gpus.COLUMNS, rows=[row.cells() for row in predicted]),
+        predictions.ASSUMED,
+        _table(*predictions.COLUMNS, rows=[row.cells() for row in predicted]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -262,7 +263,7 @@ def plot(
     left.set(xscale="log", yscale="log", xlabel="a step measured, ms", ylabel="by the model, ms")
     left.set_title("open: held out; squares: ranks share cores", fontsize=8)
     _plot_ghosts(middle, rows)
-    bench_gpus.plot(right)
+    predictions.plot(right)
     figure.suptitle(f"{certificate['cpu']['model']}, {certificate['date'][:10]}", fontsize=8)
     figure.savefig(path, dpi=150)
 

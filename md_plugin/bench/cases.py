@@ -1,6 +1,6 @@
 """The cases of the bench, and the process that runs one of them.
 
-    python -m md_plugin.bench_cases '{"case": NAME, "options": {...}}'
+    python -m md_plugin.bench.cases '{"case": NAME, "options": {...}}'
 
 A case is a function from options to contests and finished rows, one after the other. Its process
 writes messages, a line of JSON each, to what was its standard output: {"doing": what}, {"row":
@@ -15,35 +15,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from md_plugin import (
-    bench_contest,
-    bench_kernels,
-    bench_lammps,
-    bench_machine,
-    bench_memory,
-    bench_models,
-    bench_nanodft,
-    bench_ranks,
-    bench_scale,
-)
-from md_plugin.bench_core import Contest, Options, Row
-from md_plugin.bench_process import speak
-from md_plugin.bench_systems import threads_and_kernels
+from md_plugin.bench import contest, kernels, lammps, machine, memory, models, nanodft, ranks, scale
+from md_plugin.bench.core import Contest, Options, Row
+from md_plugin.bench.process import speak
+from md_plugin.bench.systems import threads_and_kernels
 from md_plugin.memory import keep_freed_memory
 
 CASES: dict[str, Callable[[Options], Iterator[Contest | Row]]] = {
-    "sums": bench_kernels.sums,
-    "layer": bench_kernels.layer,
-    "model": bench_models.model,
-    "train": bench_models.train,
-    "ase": bench_models.ase,
-    "lammps": bench_lammps.lammps,
-    "memory": bench_memory.memory,
-    "silver": bench_models.silver_case,
-    "scale": bench_scale.scale,
-    "ranks": bench_ranks.ranks,
-    "others": bench_lammps.others,
-    "nanodft": bench_nanodft.nanodft,
+    "sums": kernels.sums,
+    "layer": kernels.layer,
+    "model": models.model,
+    "train": models.train,
+    "ase": models.ase,
+    "lammps": lammps.lammps,
+    "memory": memory.memory,
+    "silver": models.silver_case,
+    "scale": scale.scale,
+    "ranks": ranks.ranks,
+    "others": lammps.others,
+    "nanodft": nanodft.nanodft,
 }
 DEFAULT = ("sums", "layer", "model", "ase", "lammps", "memory")
 PRECISION = {"nanodft": "float64"}  # others: float32
@@ -63,11 +53,11 @@ def list_cases() -> list[str]:
 def messages(case: str, options: Options) -> Iterator[dict[str, Any]]:
     """What the process of a case says; the block around it has set threads and kernels."""
     if case == CEILINGS:
-        yield {CEILINGS: bench_machine.ceilings(options)}
+        yield {CEILINGS: machine.ceilings(options)}
         return
     for given in CASES[case](options):
         yield {"doing": given.what}
-        rows = [given] if isinstance(given, Row) else bench_contest.run(case, given, options)
+        rows = [given] if isinstance(given, Row) else contest.run(case, given, options)
         for row in rows:
             yield {"row": asdict(replace(row, threads=options.threads))}
 

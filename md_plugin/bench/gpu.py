@@ -2,14 +2,14 @@
 
 One command measures everything, and needs torch, triton, numpy, numba and safetensors only; where
 hippynn is absent its rows say so, and where matplotlib is, there is no plot. Ceilings of the card
-come first, then each case of `bench_device_cases` in a process of its own: a case that ends early
+come first, then each case of `gpu_cases` in a process of its own: a case that ends early
 leaves the others. Files are written after each case:
 
     bench.json      {"certificate": {...}, "card": {...}, "ceilings": {...}, "rows": [...]}
     bench.md        ceilings and rows as tables
     bench.png       ratios to hippynn, or microseconds per atom
 
-"of floor" is the least time that the card needs (`bench_device_systems.floor`), over the median.
+"of floor" is the least time that the card needs (`gpu_systems.floor`), over the median.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from md_plugin import bench_machine, bench_report
-from md_plugin.bench_core import Options, Row, peer_absence
-from md_plugin.bench_device_cases import CASES, CEILINGS
-from md_plugin.bench_device_contest import FIRST
-from md_plugin.bench_device_systems import floor
-from md_plugin.bench_process import CaseError, run_case
+from md_plugin.bench import machine, report
+from md_plugin.bench.core import Options, Row, peer_absence
+from md_plugin.bench.gpu_cases import CASES, CEILINGS
+from md_plugin.bench.gpu_contest import FIRST
+from md_plugin.bench.gpu_systems import floor
+from md_plugin.bench.process import CaseError, run_case
 from md_plugin.devices import choose_device
 
 COLUMNS = (
@@ -37,7 +37,7 @@ COLUMNS = (
     *("kB/atom", "first, s", "error", "remarks"),
 )
 REMARKS = ("searches of the list", "steps", "did not fit", "not tried")
-MODULE = "md_plugin.bench_device_cases"
+MODULE = "md_plugin.bench.gpu_cases"
 
 
 def device_options(device: str, *, rounds: int | None, quick: bool, kept: bool) -> Options:
@@ -118,7 +118,7 @@ def _say(text: str) -> None:
 
 def certificate(options: Options, cases: tuple[str, ...]) -> dict[str, Any]:
     """Where, when and with what the rows are made; the card is known to its own process."""
-    found = bench_machine.certificate(options, list(cases), [options.threads])
+    found = machine.certificate(options, list(cases), [options.threads])
     del found["atoms"]
     return found | {
         "device": options.device,
@@ -192,7 +192,7 @@ def write(folder: Path, document: dict[str, Any], rows: list[Row]) -> list[Path]
     if shown and find_spec("matplotlib"):
         paths.append(folder / "bench.png")
         card = {"model": document["card"].get("name", document["certificate"]["device"])}
-        bench_report.plot(shown, paths[2], document["certificate"] | {"cpu": card})
+        report.plot(shown, paths[2], document["certificate"] | {"cpu": card})
     return paths
 
 

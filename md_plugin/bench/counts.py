@@ -4,7 +4,7 @@
     bytes per atom       of results of these operators that are new memory, not views
     numba calls          of functions that numba compiled, from Python, on one thread
 
-Memory that numpy or compiled code allocates is not seen here; `bench_memory` sees all of it.
+Memory that numpy or compiled code allocates is not seen here; `memory` sees all of it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The cases of `md-plugin bench gpu`, and the process that runs one of them.
 
-    python -m md_plugin.bench_device_cases '{"case": NAME, "options": {...}}'
+    python -m md_plugin.bench.gpu_cases '{"case": NAME, "options": {...}}'
 
-    ceilings        of the card (`bench_device_ceilings`), and what it is
+    ceilings        of the card (`gpu_ceilings`), and what it is
     A  A2  B  C     energy and forces, and the first step of fresh processes; B and C: training, too
     loop            a step of molecular dynamics on the device, rebuilds of its list included
     memory          the largest number of atoms of B that fits
 
-Messages are those of `bench_cases`. What ends a part of a case too early is a row with the reason.
+Messages are those of `cases`. What ends a part of a case too early is a row with the reason.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from md_plugin import bench_device_ceilings, bench_work
-from md_plugin.bench_core import HIPPYNN, OURS, Options, Row
-from md_plugin.bench_device_contest import (
+from md_plugin.bench import gpu_ceilings, work
+from md_plugin.bench.core import HIPPYNN, OURS, Options, Row
+from md_plugin.bench.gpu_contest import (
     FAST,
     HELD,
     Entry,
@@ -39,10 +39,10 @@ from md_plugin.bench_device_contest import (
     their,
     timed,
 )
-from md_plugin.bench_device_loop import loop
-from md_plugin.bench_device_systems import WORKLOADS, Workload, sized
-from md_plugin.bench_process import environment, speak
-from md_plugin.bench_systems import threads_and_kernels
+from md_plugin.bench.gpu_loop import loop
+from md_plugin.bench.gpu_systems import WORKLOADS, Workload, sized
+from md_plugin.bench.process import environment, speak
+from md_plugin.bench.systems import threads_and_kernels
 from md_plugin.devices import wait
 from md_plugin.model.hipnn import Hipnn
 
@@ -58,7 +58,7 @@ def inference(name: str, options: Options, absent: str) -> Iterator[Row]:
     load = sized(WORKLOADS[name], options)
     net = load.network()
     task = Task(load.what, load, net, options)
-    yield from timed(task, entries(net, load.layers, options), absent, bench_work.energy_error)
+    yield from timed(task, entries(net, load.layers, options), absent, work.energy_error)
     yield from fresh(name, load, options)
 
 
@@ -68,7 +68,7 @@ def entries(net: Hipnn, layers: int, options: Options) -> list[Entry]:
     def ours(kind: Callable[..., Any], **settings: str) -> Make:
         return lambda: partial(kind, potential(net, options, **settings))
 
-    fused, closed = bench_work.fused, bench_work.closed
+    fused, closed = work.fused, work.closed
     found = [
         Entry("ours", OURS, ours(fused)),
         Entry("ours, no graphs", OURS, ours(fused, graphs="never")),
@@ -79,7 +79,7 @@ def entries(net: Hipnn, layers: int, options: Options) -> list[Entry]:
         fast = ours(fused, dtype="fast")
         found.append(Entry("ours, fast", OURS, fast, FAST, half=True, absent=absent))
     found.append(Entry("ours, closed", OURS, ours(closed)))
-    return [*found, Entry(peer_name(options), HIPPYNN, their(bench_work.peer, net, options))]
+    return [*found, Entry(peer_name(options), HIPPYNN, their(work.peer, net, options))]
 
 
 def train(name: str, options: Options, absent: str) -> Iterator[Row]:
@@ -93,17 +93,17 @@ def train(name: str, options: Options, absent: str) -> Iterator[Row]:
             Entry(
                 "ours, closed",
                 OURS,
-                lambda net=net: partial(bench_work.training_step, potential(net, options)),  # type: ignore[misc]
-                bench_work.TRAINED,
+                lambda net=net: partial(work.training_step, potential(net, options)),  # type: ignore[misc]
+                work.TRAINED,
             ),
             Entry(
                 peer_name(options),
                 HIPPYNN,
-                their(bench_work.peer_step, net, options),
-                bench_work.TRAINED,
+                their(work.peer_step, net, options),
+                work.TRAINED,
             ),
         ]
-        rows = list(timed(task, both, absent, bench_work.gradient_error))
+        rows = list(timed(task, both, absent, work.gradient_error))
         yield from rows
         if not any("OutOfMemory" in row.status for row in rows):
             return
@@ -136,7 +136,7 @@ def first(name: str, options: Options) -> Iterator[dict[str, Any]]:
     _ = problem.geometry
     wait(torch.device(options.device))
     start = time.perf_counter()
-    bench_work.fused(potential(net, options), problem)
+    work.fused(potential(net, options), problem)
     wait(torch.device(options.device))
     yield {"seconds": time.perf_counter() - start}
 
@@ -194,8 +194,8 @@ CASES: dict[str, tuple[Callable[[Options, str], Iterator[Row]], ...]] = {
 def messages(case: str, options: Options) -> Iterator[dict[str, Any]]:
     """What the process of a case says; the block around it has set threads."""
     if case == CEILINGS:
-        yield {CEILINGS: bench_device_ceilings.ceilings(options)}
-        yield {"card": bench_device_ceilings.card(options)}
+        yield {CEILINGS: gpu_ceilings.ceilings(options)}
+        yield {"card": gpu_ceilings.card(options)}
         return
     with peer_kernels(options) as absent:
         for part in CASES[case]:
