@@ -139,7 +139,7 @@ OWN_FILES = ("triton_gpu", "cupy_gpu", "torch_sim_model")  # made of an optional
 OWN_FILES += ("triton_parts", "triton_radial", "triton_pairs", "triton_layer", "triton_fused")
 OWN_FILES += ("fused_device", "numba_cuda", "model.tuner")
 OWN_FILES += ("triton_products", "triton_eri", "triton_gradient")
-OWN_FILES += ("triton_arrays", "triton_mirror", "fused_check")
+OWN_FILES += ("triton_arrays", "triton_mirror", "fused_check", "triton_halves", "triton_matmul")
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 300, 50, 6
 

@@ -18,6 +18,7 @@ INTEGERS = {"translation": "*i16"}
 INTEGERS |= {n: "*i64" for n in ("receiver", "bra_pair", "bra_ao", "ket_pair", "ket_ao")}
 INTEGERS |= {n: "*i64" for n in ("bra_span", "bra_row", "ket_span", "ket_row")}
 INTEGERS |= {name: "*i32" for name in ("row_ptr", "sender", "col_ptr", "perm", "species")}
+INTEGERS |= {name: "*i32" for name in ("largest", "arrived")}
 DOUBLES = ("x", "translations", "forces", "virials", "sent")
 
 

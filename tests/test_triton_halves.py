@@ -1,0 +1,293 @@
+"""Halves of float32 and their products: interpreted against float64, compiled for A100 and H100."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import absence, poisoned_memory
+from test_triton_compile import compiles, run_python
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    bool(absence("triton", DEVICE)), reason=absence("triton", DEVICE) or "there"
+)
+interpreted = pytest.mark.skipif(
+    bool(absence("triton", "cpu")), reason=absence("triton", "cpu") or "there"
+)
+# Of the norm of a product, before terms cancel: 2^-22 of a number is lost, 2^-11 with one half.
+TOLERANCE = {2: 4e-7, 1: 5e-4}
+# Rows, terms, columns: odd ones, tiles that are not filled, sums that are split, of one term.
+SHAPES = ((37, 129, 65), (70, 400, 33), (64, 128, 130), (1, 7, 3), (3, 1, 1))
+
+
+@pytest.fixture
+def halves():
+    from md_plugin.kernels import triton_halves
+
+    return triton_halves
+
+
+@pytest.fixture
+def matmul():
+    from md_plugin.kernels import triton_matmul
+
+    return triton_matmul
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE)
+
+
+def exact(x, power=1.0):
+    """What halves stand for."""
+    return x.double().sum(dim=0) * power
+
+
+@pytest.mark.parametrize("n_half", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 2.0**30, 2.0**-30, 1e-38, 3e38])
+@pytest.mark.parametrize("shape", [(7,), (1, 4999), (3, 5, 11)])
+def test_halves_are_close(halves, shape, scale, n_half):
+    x = (normal(*shape).clamp(-1.1, 1.1) * scale).clamp(-3e38, 3e38)
+    with poisoned_memory():
+        got, power = halves.split(x, n_half)
+    largest = float(x.abs().max())
+    assert got.shape == (n_half, *shape) and got.dtype == torch.float16 and power.shape == ()
+    assert np.log2(float(power)) % 1 == 0 and got.isfinite().all()
+    # A number is below its power, unless there is no such number in float32.
+    assert largest < power <= 2 * largest or scale in (1e-38, 3e38)
+    lost = {1: 2.0**-11, 2: 2.0**-22}[n_half] * x.abs() + 2.0**-25 * power
+    assert bool(((exact(got, power) - x).abs() <= lost).all())
+
+
+@pytest.mark.parametrize("n_half", [1, 2])
+def test_halves_of_rows_have_powers_of_their_own(halves, n_half):
+    rows = torch.tensor([1.0, 2.0**30, 0.0, 2.0**-30, 1.0], device=DEVICE)[:, None, None]
+    x, first, second = normal(5, 3, 7) * rows, normal(1)[0], normal(1, seed=1)[0]
+    with poisoned_memory():
+        got, powers = halves.split_rows(x, n_half, first, second)
+    assert torch.equal(powers[1], powers[0] * second)
+    whole, power = halves.split(x[1], n_half)
+    assert torch.equal(got[:, 1], whole) and powers[0, 1] == power * first
+    assert powers[0, 2] == first and not got[:, 2].any()  # 1 where there is nothing
+    assert torch.equal(halves.split_rows(x * 2.0**20, n_half, first, second)[0], got)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_nothing_zeros_and_what_is_not_finite(halves):
+    one = torch.ones((), device=DEVICE)
+    for shape in ((0, 4), (0,), (3, 0)):
+        got, power = halves.split(normal(*shape), 2)
+        assert got.shape == (2, *shape) and power == 1
+        if len(shape) == 2:
+            got, powers = halves.split_rows(normal(*shape), 1, one, one)
+            assert got.shape == (1, *shape) and powers.shape == (2, shape[0])
+    got, power = halves.split(torch.zeros(5, device=DEVICE), 2)
+    assert power == 1 and not got.any()
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = normal(3000)
+        x[2500] = bad
+        for n_half in (1, 2):
+            got, _ = halves.split(x, n_half)
+            assert not exact(got)[2500].isfinite() and exact(got)[:2500].isfinite().all()
+            rows, _ = halves.split_rows(x.view(6, 500), n_half, one, one)
+            assert exact(rows).isfinite().all(dim=1).tolist() == [True] * 5 + [False]
+
+
+def multiplied(halves, matmul, a, b, n_half):
+    """The product with powers, and the one that is halves itself, both in float64."""
+    (a, of_a), (b, of_b) = halves.split(a, n_half), halves.split(b, n_half)
+    counters = matmul.counters(a.device)
+    with poisoned_memory():
+        out = torch.empty(a.shape[1], b.shape[2], device=DEVICE)
+        as_halves = torch.empty(n_half, *out.shape, dtype=torch.float16, device=DEVICE)
+        matmul.product(a, b, out, counters, (of_a, of_b))
+        matmul.product(a, b, as_halves, counters)
+    assert not counters.any()
+    return out.double(), exact(as_halves, of_a.double() * of_b.double())
+
+
+def error(got, a, b):
+    """Of a product of a and b, beside the norm that it would have if no terms cancelled."""
+    a, b = a.double(), b.double()
+    return float((got - a @ b).norm() / (a.square() @ b.square()).sqrt().norm())
+
+
+@pytest.mark.parametrize("n_half", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products(halves, matmul, shape, n_half):
+    """Three terms are as good as float32; one is not, by the same measure."""
+    n_row, n_sum, n_col = shape
+    a, b = normal(n_row, n_sum) * 1e-3, normal(n_sum, n_col, seed=1) * 50.0
+    for got in multiplied(halves, matmul, a, b, n_half):
+        off = error(got, a, b)
+        assert off <= TOLERANCE[n_half]
+        assert n_half == 2 or n_sum == 1 or off > 10 * TOLERANCE[2]
+
+
+def test_scales_leave_a_product_as_it_is(halves, matmul):
+    a, b = normal(5, 40), normal(40, 9, seed=1)
+    want = multiplied(halves, matmul, a, b, 2)[0]
+    for up in (2.0**30, 2.0**-30):
+        assert torch.equal(multiplied(halves, matmul, a * up, b, 2)[0], want * up)
+
+
+def test_nothing_is_hidden_in_a_product(halves, matmul):
+    """NaN stays in its row, zeros are zeros, and nothing has no product."""
+    a, b = normal(5, 40), normal(40, 9, seed=1)
+    a[3, 2], a[1] = torch.nan, 0.0
+    one = torch.ones((), device=DEVICE)
+    rows, _ = halves.split_rows(a, 2, one, one)
+    out = torch.empty(5, 9, device=DEVICE)
+    matmul.product(rows, halves.split(b, 2)[0], out, matmul.counters(out.device))
+    assert out.isnan().all(dim=1).tolist() == [False] * 3 + [True, False]
+    assert not out[1].any()
+    empty = torch.empty(0, 9, device=DEVICE)
+    matmul.product(rows[:, :0].contiguous(), halves.split(b, 2)[0], empty, out)
+
+
+@pytest.mark.parametrize("n_split", [2, 4])
+def test_a_sum_that_is_split(halves, matmul, monkeypatch, n_split):
+    """Is the same to rounding, to the last bit twice, and leaves the counters at zero."""
+    a, b = normal(70, 200), normal(200, 20, seed=1)
+    tile = matmul.Tile(64, 16, 16, 4, n_split)
+    monkeypatch.setattr(matmul, "chosen", lambda *_: tile)
+    first, second = (multiplied(halves, matmul, a, b, 2) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    for got in first:
+        assert error(got, a, b) <= TOLERANCE[2]
+
+
+def cut_off(x):
+    """float64 to float32, towards zero."""
+    near = x.astype(np.float32)
+    return np.where(abs(near) > abs(x), np.nextafter(near, np.float32(0.0)), near)
+
+
+def as_matrix_units_do(_builder, a, b, total, *_):
+    """tl.dot of the interpreter: 16 terms at once, exactly, what is added to them cut off."""
+    found = total.data
+    for k in range(0, a.data.shape[1], 16):
+        terms = a.data[:, k : k + 16].astype(float) @ b.data[k : k + 16].astype(float)
+        found = cut_off(found.astype(float) + terms)
+    return type(total)(found, total.dtype.scalar)
+
+
+@interpreted
+def test_long_sums_where_additions_cut_off(halves, matmul, monkeypatch):
+    """The blocks that are chosen are good; one sum in the matrix units is not."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", as_matrix_units_do)
+    a, b = normal(16, 2560), normal(2560, 16, seed=1)
+    off = {}
+    for terms in (matmul.chosen((16, 2560, 16), 2).terms, 4096):
+        monkeypatch.setattr(matmul, "chosen", lambda *_, n=terms: matmul.Tile(16, 16, n, 4, 1))
+        got, _ = multiplied(halves, matmul, a, b, 2)
+        off[terms] = error(got, a, b)
+    assert off.pop(4096) > 5 * TOLERANCE[2]
+    assert max(off.values()) <= TOLERANCE[2]
+
+
+def test_tiles_fill_the_gpu(matmul):
+    """Large where there are many rows; small, and sums in parts, where there are few."""
+    n_nu, n_feat = 20, 128
+    for n_half in (1, 2):
+        large = matmul.chosen((128 * 132, n_nu * n_feat, n_feat), n_half)
+        assert large[:2] == (128, 128) and large.n_split == 1
+        assert matmul.chosen((128 * 132, n_feat, n_nu * n_feat), n_half)[:2] == (128, 128)
+        small = matmul.chosen((400, n_nu * n_feat, n_feat), n_half)
+        programs = -(-400 // small.rows) * -(-n_feat // small.columns) * small.n_split
+        assert small.n_split > 1 and 44 <= programs <= 132
+    for shape in ((10**7, 2560, 128), (10**7, 128, 2560)):
+        assert matmul.chosen(shape, 2).n_split == 1  # more tiles than counters
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"a": torch.zeros(2, 3, 4)}, TypeError, "only halves, float16, are multiplied"),
+        ({"out": torch.zeros(3, 5, dtype=torch.float64)}, TypeError, "into float32 or halves"),
+        ({"b": torch.zeros(2, 3, 5).half()}, ValueError, r"\(2, 3, 4\) and \(2, 3, 5\) have no"),
+        ({"a": torch.zeros(3, 3, 4).half()}, ValueError, "have no product"),
+        ({"out": torch.zeros(3, 4)}, ValueError, r"no product of shape \(3, 4\)"),
+        ({"out": torch.zeros(5, 3).T}, ValueError, "an array is not contiguous"),
+    ],
+)
+def test_products_that_are_refused(matmul, change, error, message):
+    arrays = {"a": torch.zeros(2, 3, 4).half(), "b": torch.zeros(2, 4, 5).half()}
+    arrays |= {"out": torch.zeros(3, 5)} | change
+    arrays = {name: array.to(DEVICE) for name, array in arrays.items()}
+    with pytest.raises(error, match=message):
+        matmul.product(**arrays, counters=matmul.counters(torch.device(DEVICE)))
+
+
+def test_halves_that_are_refused(halves):
+    x, one = torch.ones(2, 3, device=DEVICE), torch.ones((), device=DEVICE)
+    with pytest.raises(TypeError, match=r"halves are made of float32, not of torch\.float64"):
+        halves.split(x.double(), 2)
+    with pytest.raises(ValueError, match="not contiguous"):
+        halves.split(x.T, 2)
+    with pytest.raises(ValueError, match="n_half is 3, not 1 or 2"):
+        halves.split(x, 3)
+    with pytest.raises(ValueError, match=r"powers have shapes \(2, 3\), \(\), not \(\)"):
+        halves.split_rows(x, 2, x, one)
+
+
+COMPILED = """
+import json, torch
+from triton_assembly import assembly, findings
+from md_plugin.kernels import triton_halves, triton_matmul
+
+def report(name, kernel, capability, constants, sizes, half, **more):
+    launch = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+    found = findings(assembly(kernel, "fp32", capability, constants, sizes, launch, half))
+    print(json.dumps({"kernel": name, "capability": capability, **more} | found))
+
+def product(capability, tile, n_half, back=False):
+    n_sum, n_col, out = (128, 2560, torch.float16) if back else (2560, 128, torch.float32)
+    split, half = tile.n_split > 1, ("a", "b", "out") if back else ("a", "b")
+    constants = triton_matmul.options(tile, n_sum, n_col, n_half, out)
+    constants |= {} if split else {"parts": None, "arrived": None}
+    constants |= {"first": None, "second": None} if back else {}
+    sizes = {"n_row": 1535, "n_sum": n_sum, "n_col": n_col}
+    name, kernel = f"product {n_half} {tile}", triton_matmul.product_kernel
+    report(name, kernel, capability, constants, sizes, half, split=split)
+
+for capability in (80, 90):
+    for n_half, splits in ((1, (1,)), (2, (4,))):
+        found = triton_matmul.tiles(2560, 128, n_half, capability == 90)
+        for tile in [tile for tile in found if tile.n_split in splits][: 2 * n_half - 1]:
+            product(capability, tile, n_half)
+    product(capability, next(triton_matmul.tiles(128, 2560, 2, capability == 90)), 2, back=True)
+    n = {"n": 6400000}
+    block = {"BLOCK": triton_halves.BLOCK}
+    report("largest", triton_halves.largest_kernel, capability, {**block}, n, ())
+    block |= {"N_HALF": 2, "PARTS": triton_halves.PARTS}
+    report("split", triton_halves.split_kernel, capability, block, n | {"n_part": 512}, ("halves",))
+    rows = {"N_HALF": 2, "BLOCK_R": 4, "BLOCK_C": 512}
+    sizes = {"n_row": 1001, "size": 512}
+    report("rows", triton_halves.split_rows_kernel, capability, rows, sizes, ("halves",))
+"""
+
+
+@compiles
+def test_halves_compile_for_a100_and_h100(tmp_path):
+    """Matrix instructions, warp groups on H100, three stages of 16-byte copies, no spills."""
+    rows = [json.loads(line) for line in run_python(COMPILED, tmp_path).splitlines()]
+    assert len(rows) == 2 * (1 + 3 + 1 + 3)
+    for row in rows:
+        assert row["STACK"] == 0 and row["spill"] == 0, row
+        assert row["wide_load"] > 0, row
+        if "split" not in row:
+            assert row["matrix"] == 0 and row["REG"] <= 64, row
+            assert row["wide_load"] >= row["load"] - 2, row  # but two powers
+            continue
+        assert row["matrix"] > 0, row
+        assert (row["warp_group"] > 0) == (row["capability"] == 90), row
+        assert row["load"] - row["wide_load"] <= 2, row
+        # One program of 256 threads, or two of 128, have 255 registers per thread.
+        assert row["REG"] <= 255, row
+        # Only a split sum counts who has arrived.
+        assert row["add"] == (1 if row["split"] else 0), row
