@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from md_plugin.kernels.triton_arrays import halves
 from md_plugin.model.radial import tensor_components
 
 LAUNCHES = ("forward", "backward")  # of md_plugin.kernels.triton_fused
@@ -42,18 +43,28 @@ def _rows(where, radial, z, shape, begin, d=None):
     return i, j, d, t[:, :, None, None] * s[:, None, :, None] * sent[j][:, None, None]
 
 
+def _sum(array):
+    """Of halves; float64 as it is."""
+    return array.float().sum(dim=0) if array.dtype == torch.float16 else array
+
+
 def forward(where, radial, z, env, begin=0):
     """What `triton_fused.forward` writes, in a moment, for networks whose pairs end at rcut."""
     with torch.enable_grad():
-        i, _, _, rows = _rows(where, radial, z, env.shape, begin)
-    env.zero_().index_add_(0, i, rows.detach().to(env.dtype))
+        leaf = None if z is None else _sum(z)
+        i, _, _, rows = _rows(where, radial, leaf, env.shape[-4:], begin)
+    total = torch.zeros(env.shape[-4:], dtype=rows.dtype).index_add_(0, i, rows.detach())
+    if env.dtype == torch.float16:
+        total = halves(total, len(env))
+    env.copy_(total)
 
 
 def backward(where, radial, z, ge, gradients, begin=0, scale=None):
     """What `triton_fused.backward` adds."""
+    ge = _sum(ge)
     of_message, of_force = torch.ones(2, len(ge)) if scale is None else scale
     with torch.enable_grad():
-        leaf = None if z is None else z.detach().to(radial.table.dtype).requires_grad_()
+        leaf = None if z is None else _sum(z).detach().requires_grad_()
         i, j, d, rows = _rows(where, radial, leaf, ge.shape, begin)
         wanted = [d] if z is None else [d, leaf]
         total = (rows * ge[i]).flatten(1).sum(dim=1)

@@ -18,21 +18,22 @@ from md_plugin.kernels import triton_fused, triton_layer, tuning
 
 SHAPES = ((1, 20, 64), (4, 20, 128), (9, 20, 64))
 LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
-ABSENT = ("species", "translation", "translations", "scale", "sent")  # in most steps
+ABSENT = ("species", "translation", "translations", "sent")  # in most steps
+HALVES = ("z", "env", "ge")
 N_PAIRS = 60
 
 
 def compiled(kernel, capability, shape):
-    """Findings of a kernel in float32 with the options that are being tried."""
+    """Findings of a kernel of two halves with the options that are being tried."""
     function, back = getattr(triton_layer, kernel + "_kernel"), kernel == "backward"
-    env = torch.empty(1, *shape, device="meta")
-    radial = triton_fused.Radial(env, env)
+    env = torch.empty(2, 1, *shape, dtype=torch.float16, device="meta")
+    radial = triton_fused.Radial(env.float(), env)
     constants = triton_fused.options(radial, env, back, hopper=capability >= 90)
     options = {name: constants.pop(name) for name in LAUNCH}
     constants |= dict.fromkeys(ABSENT)
     constants = {k: v for k, v in constants.items() if k in function.arg_names}
-    sizes = {"begin": 16, "n_nu": shape[1], "n_feat": shape[2]}
-    return findings(assembly(function, "fp32", capability, constants, sizes, options))
+    sizes = {"begin": 16, "n_send": 1601, "n_nu": shape[1], "n_feat": shape[2]}
+    return findings(assembly(function, "fp32", capability, constants, sizes, options, HALVES))
 
 
 def issued(found, options, shape):
@@ -44,8 +45,7 @@ def issued(found, options, shape):
 
 def clean(kernel, capability, shape):
     """Options that leave nothing in local memory, best first."""
-    env = torch.empty(1, *shape, device="meta")
-    usual = triton_fused.tiles(*shape, env.dtype, kernel == "backward", capability >= 90)
+    usual = triton_fused.tiles(*shape, torch.float32, kernel == "backward", capability >= 90)
     usual = {name: usual[name] for name in tuning.NAMES}
     costs = []
     for options in [usual, *tuning.neighbours(usual)]:

@@ -52,6 +52,20 @@ class Radial(NamedTuple):
         return cls(table, mu.new_tensor([rcut, rcut if end is None else end]))
 
 
+def halves(x: Tensor, n_half: int) -> Tensor:
+    """(n_half, *shape) float16 whose sum is x, of numbers up to 65504."""
+    found = x.new_empty(n_half, *x.shape, dtype=torch.float16)
+    found[0] = x
+    if n_half == 2:
+        torch.sub(x, found[0], out=found[1])
+    return found
+
+
+def grade(array: Tensor) -> torch.dtype:
+    """What z, env or dE/denv are as good as: two halves are float32."""
+    return torch.float32 if array.dtype == torch.float16 and len(array) == 2 else array.dtype
+
+
 class Gradients:
     """What backward passes add to.
 

@@ -9,10 +9,13 @@
 
 t_c are the 1, 4, 9 or 16 components of `model.radial`: env comes before the weights in every order,
 so that what a pair gathers is one row of features. Receivers come in blocks, begin .. begin +
-n_block - 1, so that env of a block stays in the second-level cache. float32 products are made of
-three in tf32 each, which is as good as float32; float64 stays float64; z and env in float16, beside
-a float32 table, are multiplied as such and added in float32. Nothing here makes the host wait for
-the device. Kernels: `triton_layer`, `triton_mirror`.
+n_block - 1, so that env of a block stays in the second-level cache. Nothing here makes the host
+wait for the device. Kernels: `triton_layer`, `triton_mirror`.
+
+A network in float64 has z, env and dE/denv in float64. One in float32 has them as halves, float16
+tensors with one more dimension in front: two that add up, as good as float32 where the largest
+number is near 1 (22 bits, and nothing below 2^-25), or one. Products of float16 are added in
+float32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,7 +29,7 @@ import triton
 from torch import Tensor
 
 from md_plugin.kernels import tuning
-from md_plugin.kernels.triton_arrays import Geometry, Gradients, Radial
+from md_plugin.kernels.triton_arrays import Geometry, Gradients, Radial, grade
 from md_plugin.kernels.triton_layer import backward_kernel, forward_kernel
 from md_plugin.kernels.triton_mirror import mirror_kernel
 from md_plugin.kernels.triton_parts import (
@@ -60,7 +63,7 @@ def tiles(
         pairs, warps = 16, (4 if scalar else 8) if double else 2 if scalar else 4
     else:
         most = 32 if double else 64 if scalar else 128
-        pairs = 32 if half or (hopper and not double and not scalar) else 16
+        pairs = 32 if half or not (double or scalar) else 16
         warps = 2 if scalar else 4
     return {
         "ALIGN": math.gcd(n_feat, 16),
@@ -75,23 +78,23 @@ def tiles(
 
 
 def forward(where: Geometry, radial: Radial, z: Tensor | None, env: Tensor, begin: int = 0) -> None:
-    """Write env (n_block, 1 | 4 | 9 | 16, n_nu, n_feat) of receivers begin .. begin + n_block - 1.
+    """Write env ([2 | 1,] n_block, 1 | 4 | 9 | 16, n_nu, n_feat) of receivers from `begin` on.
 
-    z (n_send, n_feat) is None in a one-hot first layer: n_feat is then the number of species. Both
-    may be float16 beside a table in float32.
+    z ([2 | 1,] n_send, n_feat) is None in a one-hot first layer: n_feat is then the number of
+    species. Both are halves, which have the dimension in front, if the table is in float32.
 
     Raises:
-        TypeError: an array is not of the table's dtype, or of another than its partner's.
+        TypeError: an array is neither in float64, as the table is, nor halves beside float32.
         ValueError: an array has the wrong shape, is not contiguous, or is on another device.
     """
     _check(where, radial, z, env, begin)
-    n_block, _, n_nu, n_feat = env.shape
+    n_block, _, n_nu, n_feat = env.shape[-4:]
     chosen = options(radial, env)
     n_part = triton.cdiv(n_nu, chosen["BLOCK_NU"]) * chosen["GROUPS"]
     if env.numel():
         with on_device(env):
             forward_kernel[(n_block, triton.cdiv(n_feat, chosen["BLOCK_F"]), n_part)](
-                *where, z, *radial, env, begin, n_nu, n_feat, **chosen
+                *where, z, *radial, env, begin, len(where.x), n_nu, n_feat, **chosen
             )
 
 
@@ -105,29 +108,29 @@ def backward(
     *,
     scale: Tensor | None = None,
 ) -> None:
-    """Add what ge = dE/denv of a block gives to forces, dE/dz, and sums of its receivers.
+    """Add what ge = dE/denv of a block, shaped as env, gives to forces, dE/dz, and virials.
 
-    scale (2, n_block), with float16 only: what messages and forces of each receiver are multiplied
-    by.
+    scale (2, n_block) in the table's dtype: what messages and forces of each receiver are
+    multiplied by.
 
     Raises:
-        TypeError: an array is not of the table's dtype, or of another than its partner's.
+        TypeError: an array is neither in float64, as the table is, nor halves beside float32.
         ValueError: an array has the wrong shape, is not contiguous, or is on another device.
     """
     _check(where, radial, z, ge, begin)
+    n_block, _, n_nu, n_feat = ge.shape[-4:]
     if scale is not None:
         _check_array(radial, scale)
-        _check_shape("powers of two", scale, (2, len(ge)))
+        _check_shape("powers of two", scale, (2, n_block))
     if z is not None and not gradients.own_rows:
         _check_array(radial, gradients.messages)
-        _check_shape("features of senders", gradients.messages, (len(where.x), ge.shape[3]))
-    n_block, _, n_nu, n_feat = ge.shape
+        _check_shape("features of senders", gradients.messages, (len(where.x), n_feat))
     chosen = options(radial, ge, back=True) | {"OWN_ROW": gradients.own_rows}
     if ge.numel():
         with on_device(ge):
             backward_kernel[(n_block,)](
                 *where, z, *radial, ge, scale, gradients.forces, gradients.messages,
-                gradients.sums, gradients.sent, begin, n_nu, n_feat, **chosen,
+                gradients.sums, gradients.sent, begin, len(where.x), n_nu, n_feat, **chosen,
             )  # fmt: skip
 
 
@@ -176,19 +179,19 @@ def options(
 
     For the array's device, or for one that has warp groups, or has not.
     """
-    _, n_comp, n_nu, n_feat = env.shape
-    real, half = radial.table.dtype, env.dtype == torch.float16
+    shape, real, dtype = env.shape[-4:], radial.table.dtype, grade(env)
+    _, n_comp, n_nu, n_feat = shape
     hopper = has_warp_groups(env.device) if hopper is None else hopper
-    tile: dict[str, Any] = dict(tiles(n_comp, n_nu, n_feat, env.dtype, back, hopper))
-    tile |= tuning.chosen("backward" if back else "forward", env.shape, env.dtype, env.device)
+    tile: dict[str, Any] = dict(tiles(n_comp, n_nu, n_feat, dtype, back, hopper))
+    tile |= tuning.chosen("backward" if back else "forward", shape, dtype, env.device)
     if back:
         tile["NU_BLOCKS"] = triton.cdiv(n_nu, tile["BLOCK_NU"])
         tile["F_BLOCKS"] = triton.cdiv(n_feat, tile["BLOCK_F"])
-        # Each fewer instructions or fewer spilled registers, and only there.
-        tile["TURNED"] = not hopper and real == env.dtype == torch.float32 and n_comp == 4
-        tile["UNROLL"] = tile["GROUPS"] if half and n_comp == 9 else 1
+        tile["TURNED"] = False
+        tile["UNROLL"] = tile["GROUPS"] if dtype == torch.float16 and n_comp == 9 else 1
         tile["OWN_ROW"] = False
-    return tile | _common(real) | {"WINDOW": WINDOW[real], "N_COMP": n_comp}
+    n_part = 2 if dtype == torch.float32 else 1
+    return tile | _common(real) | {"WINDOW": WINDOW[real], "N_PART": n_part, "N_COMP": n_comp}
 
 
 def mirror_options(g: Tensor, n_nu: int) -> dict[str, Any]:
@@ -196,6 +199,7 @@ def mirror_options(g: Tensor, n_nu: int) -> dict[str, Any]:
     single, n_hidden = g.dtype == torch.float32, g.shape[2]
     block = power_of_two(n_hidden, 16, 32 if single else 16)
     return _common(g.dtype) | {
+        "PRECISION": PRECISION[g.dtype],
         "N_COMP": g.shape[1],
         "B_BLOCKS": triton.cdiv(n_hidden, block),
         "BLOCK_P": 16,
@@ -207,28 +211,37 @@ def mirror_options(g: Tensor, n_nu: int) -> dict[str, Any]:
 
 
 def _common(real: torch.dtype) -> dict[str, Any]:
-    return {"TERMS": SIN_TERMS[real], "PRECISION": PRECISION[real], "enable_fp_fusion": True}
+    return {"TERMS": SIN_TERMS[real], "enable_fp_fusion": True}
 
 
 def _check(where: Geometry, radial: Radial, z: Tensor | None, env: Tensor, begin: int) -> None:
     """Of an array with a tile (n_comp, n_nu, n_feat) for each receiver of a block."""
-    half = z is not None and radial.table.dtype == torch.float32
-    _check_array(radial, env, half)
+    front = _check_parts(radial, env, 4)
     n_nu, n_recv = radial.table.shape[1], len(where.row_ptr) - 1
-    if env.ndim != 4 or env.shape[1] not in N_COMPONENTS or env.shape[2] != n_nu:
-        shape = tuple(env.shape)
+    n_block, n_comp, *size = env.shape[-4:]
+    if n_comp not in N_COMPONENTS or size[0] != n_nu:
+        shape = (n_block, n_comp, *size)
         raise ValueError(
             f"an array of a block is {shape}, not (n_block, 1 | 4 | 9 | 16, {n_nu}, n_feat)"
         )
-    if not 0 <= begin <= begin + len(env) <= n_recv:
-        raise ValueError(f"receivers {begin} .. {begin + len(env) - 1}, but there are {n_recv}")
+    if not 0 <= begin <= begin + n_block <= n_recv:
+        raise ValueError(f"receivers {begin} .. {begin + n_block - 1}, but there are {n_recv}")
     if z is not None:
-        _check_array(radial, z, half)
-        _check_shape("features of senders", z, (len(where.x), env.shape[3]))
-        if z.dtype != env.dtype:
-            raise TypeError(f"features of senders are {z.dtype}, the array of a block {env.dtype}")
+        _check_parts(radial, z, 2)
+        _check_shape("features of senders", z, (*front, len(where.x), size[1]))
     elif where.species is None or len(where.species) != len(where.x):
         raise ValueError(f"a first layer needs the species of all {len(where.x)} atoms")
+
+
+def _check_parts(radial: Radial, array: Tensor, n_dim: int) -> tuple[int, ...]:
+    """The dimension in front of the others: none beside float64, that of halves beside float32."""
+    double = radial.table.dtype == torch.float64
+    _check_array(radial, array, radial.table.dtype if double else torch.float16)
+    front = tuple(array.shape[: array.ndim - n_dim])
+    if front not in ([()] if double else [(1,), (2,)]):
+        what = f"{n_dim} dimensions" if double else f"halves, 1 or 2 of {n_dim} dimensions"
+        raise ValueError(f"an array has shape {tuple(array.shape)}, but should be {what}")
+    return front
 
 
 def _check_shape(name: str, array: Tensor, shape: tuple[int, ...]) -> None:
@@ -236,10 +249,12 @@ def _check_shape(name: str, array: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} have shape {tuple(array.shape)}, not {shape}")
 
 
-def _check_array(radial: Radial, array: Tensor, half: bool = False) -> None:
-    if array.dtype != radial.table.dtype and not (half and array.dtype == torch.float16):
+def _check_array(radial: Radial, array: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Of the table's dtype, or another."""
+    real, dtype = radial.table.dtype, dtype or radial.table.dtype
+    if array.dtype != dtype:
         raise TypeError(
-            f"an array is {array.dtype}, the table of sensitivities {radial.table.dtype}"
+            f"an array is {array.dtype}, not {dtype} beside a table of sensitivities in {real}"
         )
     if array.device != radial.table.device:
         raise ValueError(f"an array is on {array.device}, the table on {radial.table.device}")

@@ -20,8 +20,9 @@ that no pair of a tile feels are left out. What goes to senders is added by atom
 bits of forces and messages change from run to run; with OWN_ROW nothing goes there, and
 `triton_mirror` finds the same from the senders' own rows.
 
-Where z and env are float16, so are the operands of products, which are added in float32; `scale`
-has the powers of two that messages and forces are multiplied by.
+Beside a float32 table, z, env and ge are halves: float16 arrays (2, ...) that add up to a number
+of 22 bits, or (1, ...) of 11, and so are the operands of products, hi hi + hi lo + lo hi, which are
+added in float32. `scale` has the powers of two that messages and forces are multiplied by.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
@@ -46,18 +47,18 @@ from md_plugin.kernels.triton_pairs import (
     summed,
     vectors,
 )
-from md_plugin.kernels.triton_parts import cosine_cutoff
+from md_plugin.kernels.triton_parts import cosine_cutoff, dot, loaded, split, turned
 
 
 @triton.jit
-def _features(z, species, j, felt, f, n_feat, like):
-    """(pairs, features) of senders; one-hot where z is None."""
+def _features(z, species, n_send, j, felt, f, n_feat, like, N_PART: tl.constexpr):
+    """(pairs, features) of senders, in parts; one-hot where z is None."""
     if z is None:
         kind = tl.load(species + j)
-        return ((kind[:, None] == f[None, :]) & felt[:, None]).to(like.dtype.element_ty)
+        return (((kind[:, None] == f[None, :]) & felt[:, None]).to(like.dtype.element_ty),)
     else:
-        live = felt[:, None] & (f < n_feat)[None, :]
-        return tl.load(z + j[:, None] * n_feat + f[None, :], mask=live, other=0.0)
+        live, size = felt[:, None] & (f < n_feat)[None, :], n_send.to(tl.int64) * n_feat
+        return loaded(z, size, j[:, None] * n_feat + f[None, :], live, N_PART)
 
 
 @triton.jit
@@ -70,9 +71,15 @@ def _rows(row, c, nu, n_nu, N_COMP: tl.constexpr):
 
 
 @triton.jit
-def _env(env, rows, real, f, n_feat):
+def _env(rows, real, f, n_feat):
     """Places of rows (c nu, features), and which are there."""
-    return env + rows[:, None] * n_feat + f[None, :], real[:, None] & (f < n_feat)[None, :]
+    return rows[:, None] * n_feat + f[None, :], real[:, None] & (f < n_feat)[None, :]
+
+
+@triton.jit
+def _size(n_nu, n_feat, N_COMP: tl.constexpr):
+    """Numbers in env of all receivers of the block."""
+    return tl.num_programs(0).to(tl.int64) * N_COMP * n_nu * n_feat
 
 
 @triton.jit
@@ -82,16 +89,11 @@ def _sensed(t, s):
     return tl.reshape(t[:, None, :] * s[None, :, :], (n, s.shape[1]))
 
 
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
-
-
-@triton.jit(do_not_specialize=["begin"])
+@triton.jit(do_not_specialize=["begin", "n_send"])
 def forward_kernel(
     x, row_ptr, sender, translation, translations, species, z, table, limits, env,
-    begin, n_nu, n_feat,
-    TERMS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, N_COMP: tl.constexpr,
+    begin, n_send, n_nu, n_feat,
+    TERMS: tl.constexpr, WINDOW: tl.constexpr, N_PART: tl.constexpr, N_COMP: tl.constexpr,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -118,43 +120,51 @@ def forward_kernel(
             sensed = gaussians(table, q, nu, n_nu)[0] * cut[None, :]
             if N_COMP > 1:
                 sensed = _sensed(components(c, (ux, uy, uz), N_COMP), sensed)
-            sent = _features(z, species, j, near != 0, f, n_feat, table)
-            total = _dot(sensed.to(sent.dtype), sent, total, PRECISION)
+            sent = _features(z, species, n_send, j, near != 0, f, n_feat, env, N_PART)
+            total = dot(split(sensed, env, N_PART), sent, total)
     rows, real = _rows(row, c, nu, n_nu, N_COMP)
-    place, real = _env(env, rows, real, f, n_feat)
-    tl.store(place, total.to(env.dtype.element_ty), mask=real)
+    place, real = _env(rows, real, f, n_feat)
+    parts, size = split(total, env, N_PART), _size(n_nu, n_feat, N_COMP)
+    for k in tl.static_range(N_PART):
+        tl.store(env + size * k + place, parts[k], mask=real)
 
 
 @triton.jit
-def _one_hot(ge, species, j, felt, row, c, nu, n_nu, n_feat, N_COMP: tl.constexpr):
+def _one_hot(
+    ge, species, j, felt, row, c, nu, n_nu, n_feat, like, N_PART: tl.constexpr, N_COMP: tl.constexpr
+):
     """G (c, nu, pairs), which one-hot features only read."""
     kind = tl.load(species + j)[None, None, :]
     real = (c < N_COMP)[:, None, None] & (nu < n_nu)[None, :, None]
     live = real & felt[None, None, :] & (kind >= 0) & (kind < n_feat)
     place = ((row * N_COMP + c)[:, None] * n_nu + nu[None, :])[:, :, None] * n_feat + kind
-    return tl.load(ge + place, mask=live, other=0.0)
+    parts = loaded(ge, _size(n_nu, n_feat, N_COMP), place, live, N_PART)
+    g = parts[0].to(like.dtype)
+    for k in tl.static_range(1, N_PART):
+        g += parts[k].to(like.dtype)
+    return g
 
 
 @triton.jit
 def _products(
-    ge, rows, real, f, n_feat, sent, t, s, message, PRECISION: tl.constexpr,
-    OWN_ROW: tl.constexpr, TURNED: tl.constexpr,
+    ge, row, c, nu, n_nu, f, n_feat, sent, t, s, message, N_PART: tl.constexpr,
+    N_COMP: tl.constexpr, OWN_ROW: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """G (c, nu, pairs) of a block of features, and the message with what these rows give."""
-    place, real = _env(ge, rows, real, f, n_feat)
-    of_env = tl.load(place, mask=real, other=0.0)
+    rows, real = _rows(row, c, nu, n_nu, N_COMP)
+    place, real = _env(rows, real, f, n_feat)
+    of_env = loaded(ge, _size(n_nu, n_feat, N_COMP), place, real, N_PART)
     n_comp: tl.constexpr = t.shape[0]
-    n_nu: tl.constexpr = s.shape[0]
+    n_block: tl.constexpr = s.shape[0]
     n_pair: tl.constexpr = s.shape[1]
-    none = tl.zeros((n_comp * n_nu, n_pair), dtype=s.dtype)
-    g = _dot(of_env, tl.trans(sent), none, PRECISION)
+    g = dot(of_env, turned(sent), tl.zeros((n_comp * n_block, n_pair), dtype=s.dtype))
     if not OWN_ROW:
-        sensed = _sensed(t, s).to(of_env.dtype)
+        sensed = split(_sensed(t, s), ge, N_PART)
         if TURNED:
-            message = _dot(tl.trans(of_env), sensed, message, PRECISION)
+            message = dot(turned(of_env), sensed, message)
         else:
-            message = _dot(tl.trans(sensed), of_env, message, PRECISION)
-    return tl.reshape(g, (n_comp, n_nu, n_pair)), message
+            message = dot(turned(sensed), of_env, message)
+    return tl.reshape(g, (n_comp, n_block, n_pair)), message
 
 
 @triton.jit
@@ -172,14 +182,6 @@ def _added_slopes(of, g, s, slope, t, c, unit, N_COMP: tl.constexpr):
 
 
 @triton.jit
-def _summed(tiles):
-    sums = ()
-    for k in tl.static_range(len(tiles)):
-        sums = sums + (tl.sum(tiles[k], axis=0),)
-    return sums
-
-
-@triton.jit
 def _send(messages, message, j, near, f, n_feat, weight, TURNED: tl.constexpr):
     if TURNED:
         message = tl.trans(message)
@@ -191,8 +193,8 @@ def _send(messages, message, j, near, f, n_feat, weight, TURNED: tl.constexpr):
 @triton.jit
 def _tile_slopes(
     species, z, table, ge, messages, weight, row, j, near, low, high, q, cut, cut_slope, unit,
-    n_nu, n_feat,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr, N_COMP: tl.constexpr, GROUP: tl.constexpr,
+    n_send, n_nu, n_feat,
+    WINDOW: tl.constexpr, N_PART: tl.constexpr, N_COMP: tl.constexpr, GROUP: tl.constexpr,
     GROUPS: tl.constexpr, NU_BLOCKS: tl.constexpr, F_BLOCKS: tl.constexpr, BLOCK_NU: tl.constexpr,
     BLOCK_F: tl.constexpr, OWN_ROW: tl.constexpr, TURNED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +206,7 @@ def _tile_slopes(
         f = block * BLOCK_F + tl.arange(0, BLOCK_F)
         message = tl.zeros((BLOCK_F, n_pair) if TURNED else (n_pair, BLOCK_F), q.dtype)
         if z is not None:
-            sent = _features(z, species, j, near, f, n_feat, table)
+            sent = _features(z, species, n_send, j, near, f, n_feat, z, N_PART)
         for part in range(NU_BLOCKS):
             nu = part * BLOCK_NU + tl.arange(0, BLOCK_NU)
             if reached(table, nu, n_nu, low, high, WINDOW):
@@ -215,12 +217,13 @@ def _tile_slopes(
                     c = group * GROUP + tl.arange(0, GROUP)
                     t = components(c, unit, N_COMP)
                     if z is None:
-                        g = _one_hot(ge, species, j, near, row, c, nu, n_nu, n_feat, N_COMP)
+                        g = _one_hot(
+                            ge, species, j, near, row, c, nu, n_nu, n_feat, s, N_PART, N_COMP
+                        )
                     else:
-                        rows, real = _rows(row, c, nu, n_nu, N_COMP)
                         g, message = _products(
-                            ge, rows, real, f, n_feat, sent, t, s, message,
-                            PRECISION, OWN_ROW, TURNED,
+                            ge, row, c, nu, n_nu, f, n_feat, sent, t, s, message,
+                            N_PART, N_COMP, OWN_ROW, TURNED,
                         )  # fmt: skip
                     of = _added_slopes(of, g, s, slope, t, c, unit, N_COMP)
         if z is not None and not OWN_ROW:
@@ -228,11 +231,11 @@ def _tile_slopes(
     return of
 
 
-@triton.jit(do_not_specialize=["begin"])
+@triton.jit(do_not_specialize=["begin", "n_send"])
 def backward_kernel(
     x, row_ptr, sender, translation, translations, species, z, table, limits, ge, scale,
-    forces, messages, sums, sent, begin, n_nu, n_feat,
-    TERMS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, N_COMP: tl.constexpr,
+    forces, messages, sums, sent, begin, n_send, n_nu, n_feat,
+    TERMS: tl.constexpr, WINDOW: tl.constexpr, N_PART: tl.constexpr, N_COMP: tl.constexpr,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NU_BLOCKS: tl.constexpr,
     F_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
     OWN_ROW: tl.constexpr, TURNED: tl.constexpr, UNROLL: tl.constexpr,
@@ -263,8 +266,8 @@ def backward_kernel(
         )
         of = _tile_slopes(
             species, z, table, ge, messages, of_message, row, j, near != 0, low, high,
-            q, cut, cut_slope, (ux, uy, uz), n_nu, n_feat,
-            WINDOW, PRECISION, N_COMP, GROUP, GROUPS, NU_BLOCKS, F_BLOCKS, BLOCK_NU, BLOCK_F,
+            q, cut, cut_slope, (ux, uy, uz), n_send, n_nu, n_feat,
+            WINDOW, N_PART, N_COMP, GROUP, GROUPS, NU_BLOCKS, F_BLOCKS, BLOCK_NU, BLOCK_F,
             OWN_ROW, TURNED, UNROLL,
         )  # fmt: skip
         of_r, of_x, of_y, of_z = handed_out(summed(of))

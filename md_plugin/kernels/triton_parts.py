@@ -10,7 +10,7 @@ The kernels run on CUDA devices. If TRITON_INTERPRET=1 is in the environment whe
 imported, Triton interprets them instead, on CPU tensors too: slow, for tests.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 from __future__ import annotations
 
 import contextlib
@@ -59,6 +59,44 @@ def cosine_cutoff(r, RCUT, END, TERMS: tl.constexpr):
     bend = sine * sine - cosine * cosine
     c2 = tl.where(inside, bend * (4.934802200544679 / (RCUT * RCUT)), 0.0)
     return c, c1, c2
+
+
+@triton.jit
+def loaded(array, size, place, live, N_PART: tl.constexpr):
+    """Tiles of the parts of an array, `size` numbers each."""
+    parts = ()
+    for k in tl.static_range(N_PART):
+        parts = parts + (tl.load(array + size * k + place, mask=live, other=0.0),)
+    return parts
+
+
+@triton.jit
+def split(x, like, N_PART: tl.constexpr):
+    """Parts that add up to x, as `like` has them."""
+    high = x.to(like.dtype.element_ty)
+    if N_PART == 1:
+        return (high,)
+    else:
+        return high, (x - high.to(x.dtype)).to(high.dtype)
+
+
+@triton.jit
+def turned(parts):
+    """Transposes."""
+    found = ()
+    for k in tl.static_range(len(parts)):
+        found = found + (tl.trans(parts[k]),)
+    return found
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a b, of parts; what two low parts give is below rounding."""
+    for k in tl.static_range(len(a) - 1, -1, -1):
+        for m in tl.static_range(len(b) - 1, -1, -1):
+            if k == 0 or m == 0:
+                total = tl.dot(a[k], b[m], total, input_precision="ieee", out_dtype=total.dtype)
+    return total
 
 
 INTERPRETED = not isinstance(cosine_cutoff, triton.JITFunction)

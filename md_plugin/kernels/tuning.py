@@ -48,7 +48,7 @@ def key(kernel: str, shape: Sequence[int], dtype: torch.dtype) -> str:
     Args:
         kernel: "forward" or "backward".
         shape: (n_block, n_comp, n_nu, n_feat) of env.
-        dtype: of env.
+        dtype: what env is as good as; see `triton_arrays.grade`.
     """
     _, n_comp, n_nu, n_feat = shape
     classes = (1 << max(n - 1, 0).bit_length() for n in (n_nu, n_feat))

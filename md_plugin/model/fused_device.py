@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.kernels import triton_arrays, triton_fused
+from md_plugin.kernels.triton_arrays import halves
 from md_plugin.kernels.triton_parts import fixed_order
 from md_plugin.model.fused_check import mirror_check, self_check
 from md_plugin.model.fused_sums import Sums, gaussian_weight
@@ -40,7 +41,7 @@ class DeviceEngine:
 
     Args:
         model: the network.
-        fast: products of sums in float16; see `FastSums`.
+        fast: products of sums in float16; see `HalfSums`.
     """
 
     threads, max_block, workspace = False, 1 << 18, 256_000_000
@@ -77,8 +78,9 @@ class DeviceEngine:
 
     def sums(self, interaction: Any, is_first: bool) -> Sums:
         """See `fused_sums.Engine`."""
-        kind = FastSums if self.fast and not is_first else DeviceSums
-        return kind(interaction, is_first)
+        if interaction.weight.dtype == torch.float64:
+            return DeviceSums(interaction, is_first)
+        return HalfSums(interaction, is_first, 1 if self.fast and not is_first else 2)
 
 
 def _deterministic(where: Any, fast: bool, per_atom: bool) -> bool:
@@ -117,7 +119,7 @@ class _Sink:
 
 
 class DeviceSums:
-    """Layers of any tensor order; see `fused_sums.Sums`."""
+    """Layers of any tensor order, in float64; see `fused_sums.Sums`."""
 
     def __init__(self, interaction: Any, is_first: bool):
         s = interaction.sensitivity
@@ -153,9 +155,13 @@ class DeviceSums:
         ge = g.reshape(-1, self.shape[1]) @ self.transposed
         ge = ge.reshape(len(g), self.shape[0], self.n_nu, self.n_in)
         triton_fused.backward(where, self.radial, source, ge, sink.found, start)
+        self._keep(where, source, g, sink, start)
+
+    def _keep(self, where: Any, z: Tensor | None, g: Tensor, sink: _Sink, start: int) -> None:
+        """What the mirror pass needs, if there is one."""
         if sink.of_sums is not None:
             sink.of_sums[start : start + len(g)] = g
-            sink.where, sink.source = where, source
+            sink.where, sink.source = where, z
 
     def sent(self, sink: Any) -> Tensor:
         """See `fused_sums.Sums`."""
@@ -185,45 +191,55 @@ class DeviceSums:
                 torch.mm(h.view(len(h), -1), by_hidden, out=sink.found.messages[rows])
 
 
-class FastSums(DeviceSums):
-    """The same of a layer with features, in float16: sums over neighbours, and products with V.
+class HalfSums(DeviceSums):
+    """The same in float32: sums over neighbours, and products with V, of float16 numbers.
 
-    float16 operands, float32 sums. A power of two takes each array to at most 1: one for V, one
-    for z, one for dE/dm of each receiver, all found on the device. So env is at most the number
-    of neighbours, dE/denv at most n_hidden, and what is lost to float16's least number is below
-    2^-24 of the largest.
+    Arrays are halves (see `triton_fused`): two, which are as good as float32, or one, for
+    dtype="fast". A power of two takes each to at most 1: one for V, one for z, one for dE/dm of
+    each receiver, all found on the device. So env is at most the number of neighbours, dE/denv at
+    most n_hidden, and what is lost to float16's least number is below 2^-24 of the largest.
+
+    Args:
+        interaction: the layer.
+        is_first: whether features are one-hot.
+        n_half: 2 or 1.
     """
 
-    def __init__(self, interaction: Any, is_first: bool):
+    def __init__(self, interaction: Any, is_first: bool, n_half: int):
         super().__init__(interaction, is_first)
+        self.n_half = n_half
         self.of_weight = _power(self.weight.abs().amax())
-        self.half = (self.weight / self.of_weight).half()
-        self.half_transposed = self.half.T.contiguous()
-        self.block *= 2
+        self.halves = halves(self.weight / self.of_weight, n_half)
+        self.turned = self.halves.mT.contiguous()
+        self.block *= 3 - n_half
 
     def source(self, z: Tensor, n_thread: int) -> Any:
         """See `fused_sums.Sums`."""
+        if self.is_first:
+            return None, None, z.new_ones(())
         power = _power(z.abs().amax()) if len(z) else z.new_ones(())
-        return (z / power).half(), power
+        return z, halves(z / power, self.n_half), power
 
     def mix(self, where: Any, source: Any, start: int, m: Tensor) -> None:
         """See `fused_sums.Sums`."""
-        z, power = source
-        env = z.new_empty(len(m), self.shape[0], self.n_nu, self.n_in)
+        _, z, power = source
+        shape = self.n_half, len(m), self.shape[0], self.n_nu, self.n_in
+        env = m.new_empty(shape, dtype=torch.float16)
         triton_fused.forward(where, self.radial, z, env, start)
-        product = _product(env.reshape(-1, len(self.half)), self.half, torch.float32)
+        product = _product(env.view(self.n_half, -1, len(self.weight)), self.halves)
         torch.mul(product.view_as(m), power * self.of_weight, out=m)
 
     def gradient(self, where: Any, source: Any, g: Tensor, sink: Any, start: int) -> None:
         """See `fused_sums.Sums`."""
-        z, power = source
+        z, parts, power = source
         mine = _power(g.abs().amax(dim=(1, 2)))
-        small = (g / mine[:, None, None]).half().view(-1, self.shape[1])
-        ge = _product(small, self.half_transposed, torch.float16)
-        ge = ge.view(len(g), self.shape[0], self.n_nu, self.n_in)
+        small = halves((g / mine[:, None, None]).reshape(-1, self.shape[1]), self.n_half)
+        ge = halves(_product(small, self.turned), self.n_half)
+        ge = ge.view(self.n_half, len(g), self.shape[0], self.n_nu, self.n_in)
         scale = mine * self.of_weight
         scale = torch.stack([scale, scale * power])
-        triton_fused.backward(where, self.radial, z, ge, sink.found, start, scale=scale)
+        triton_fused.backward(where, self.radial, parts, ge, sink.found, start, scale=scale)
+        self._keep(where, z, g, sink, start)
 
 
 def _power(largest: Tensor) -> Tensor:
@@ -231,8 +247,13 @@ def _power(largest: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b of float16, added in float32, rounded to dtype."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a.float() @ b.float()).to(dtype)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, of halves (n_half, rows, columns); what two low ones give is left out."""
+    product = _multiplied(a[0], b[0])
+    if len(a) == 2:
+        product += _multiplied(a[1], b[0]) + _multiplied(a[0], b[1])
+    return product
+
+
+def _multiplied(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

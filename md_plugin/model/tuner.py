@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.kernels import triton_fused, tuning
+from md_plugin.kernels.triton_arrays import grade, halves
 from md_plugin.model.fusion import FusedHipnn
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.neighbours import NeighbourList
@@ -126,38 +127,41 @@ def _launches(
     """Key, usual options, and a call, of the kernels of each layer."""
     step = FusedHipnn(network, "triton", fast)
     where = _crystal(step, per_side)
-    n_recv, device = len(where.row_ptr) - 1, where.x.device
+    n_recv, device, real = len(where.row_ptr) - 1, where.x.device, network.encoder.dtype
     generator = torch.Generator(device).manual_seed(0)
     for layer in step.layers:
         sums: Any = layer.sums
-        half = fast and not sums.is_first
-        dtype = torch.float16 if half else network.encoder.dtype
-        like: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        like: dict[str, Any] = {"generator": generator, "device": device, "dtype": real}
         n_block = min(n_recv, layer.block)
         shape = (n_block, sums.shape[0], sums.n_nu, sums.n_in)
-        z = None if sums.is_first else torch.randn(n_recv, sums.n_in, **like)
-        env, ge = torch.empty(shape, device=device, dtype=dtype), torch.randn(shape, **like)
-        scale = torch.ones(2, n_block, device=device) if half else None
+        z, ge = torch.randn(n_recv, sums.n_in, **like), torch.randn(shape, **like)
+        scale = None
+        if real != torch.float64:
+            n_half = 1 if fast and not sums.is_first else 2
+            z, ge = halves(z, n_half), halves(ge, n_half)
+            scale = torch.ones(2, n_block, device=device)
+        source = None if sums.is_first else z
+        env = torch.empty_like(ge)
         calls = {
-            "forward": partial(_forward, where, sums.radial, z, env),
-            "backward": partial(_backward, step, where, sums.radial, z, ge, scale),
+            "forward": partial(_forward, where, sums.radial, source, env),
+            "backward": partial(_backward, step, where, sums.radial, source, ge, scale),
         }
         for kernel, call in calls.items():
             default = triton_fused.options(sums.radial, env, back=kernel == "backward")
-            yield tuning.key(kernel, shape, dtype), default, call
+            yield tuning.key(kernel, shape, grade(env)), default, call
 
 
 def _forward(where: Any, radial: Any, z: Tensor | None, env: Tensor) -> tuple[Tensor, ...]:
     env.fill_(torch.nan)  # what nobody writes shows
     triton_fused.forward(where, radial, z, env)
-    return (env.clone(),)
+    return (env.float().sum(dim=0) if grade(env) == torch.float32 else env.clone(),)
 
 
 def _backward(
     step: FusedHipnn, where: Any, radial: Any, z: Tensor | None, ge: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, ...]:
     found = step.engine.gradients(where, radial.table.dtype, 1, "")
-    found = found.for_layer(0 if z is None else ge.shape[3])
+    found = found.for_layer(0 if z is None else ge.shape[-1])
     triton_fused.backward(where, radial, z, ge, found, scale=scale)
     return (
         (found.forces, found.virial) if z is None else (found.forces, found.virial, found.messages)
