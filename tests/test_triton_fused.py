@@ -221,7 +221,7 @@ def test_a_mirror_that_does_not_fit_is_refused(fused):
     geometry = geometry._replace(x=geometry.x[:9])
     with pytest.raises(ValueError, match=r"an array of a block have shape \(9, 9, 2\), not"):
         fused.mirror(geometry, radial, g, q[..., :2], None, found)
-    with pytest.raises(TypeError, match=r"an array is torch\.float32, not torch\.float64 beside a table"):
+    with pytest.raises(TypeError, match=r"an array is torch\.float32, not torch\.float64"):
         fused.mirror(geometry, radial, g.float(), q, None, found)
 
 
