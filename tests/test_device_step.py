@@ -438,7 +438,7 @@ class FakeCuda:
     """The parts of torch.cuda that are used, with their signatures, and in which order."""
 
     def __init__(self, monkeypatch):
-        self.log, real = [], torch.cuda
+        self.log, self.pools, real = [], [], torch.cuda
         fake, begin = self, inspect.signature(real.graph.__init__)
 
         class Stream:
@@ -452,6 +452,9 @@ class FakeCuda:
             def replay(self):
                 fake.log.append("replay")
 
+            def pool(self):
+                return (0, 7)
+
         class Block:
             def __init__(self, name):
                 self.name = name
@@ -464,7 +467,8 @@ class FakeCuda:
 
         def graph(*args, **kwargs):
             bound = begin.bind(None, *args, **kwargs).arguments
-            assert isinstance(bound["cuda_graph"], Graph) and bound["pool"] == (0, 7)
+            assert isinstance(bound["cuda_graph"], Graph)
+            fake.pools.append(bound["pool"])
             assert bound["stream"].name == "side of cuda:1"
             assert bound["capture_error_mode"] == "thread_local"
             return Block("graph")
@@ -473,7 +477,6 @@ class FakeCuda:
         monkeypatch.setattr(real, "Stream", Stream)
         monkeypatch.setattr(real, "CUDAGraph", Graph)
         monkeypatch.setattr(real, "graph", graph)
-        monkeypatch.setattr(real, "graph_pool_handle", lambda: (0, 7))
         monkeypatch.setattr(real, "current_stream", lambda device: current)
         monkeypatch.setattr(real, "stream", lambda stream: Block(stream.name))
         monkeypatch.setattr(real, "device", lambda device: Block(str(device)))
@@ -493,9 +496,22 @@ def test_the_order_in_which_torch_is_asked(monkeypatch):
     fake.log.clear()
     play, result = recorder.capture(lambda: fake.log.append("call") or 4)
     assert result == 4
-    assert fake.log == ["enter cuda:1", "enter graph", "call", "leave graph", "leave cuda:1"]
+    opened = ["enter cuda:1", "enter current", "enter graph", "call"]
+    assert fake.log == [*opened, "leave graph", "leave current", "leave cuda:1"]
     play()
     assert fake.log[-1] == "replay"
+
+
+def test_graphs_share_the_memory_of_those_that_exist(monkeypatch):
+    """Torch refuses the pool of graphs that are gone, where a tensor of it is not."""
+    fake = FakeCuda(monkeypatch)
+    recorder = CudaRecorder(torch.device("cuda:1"))
+    first, _ = recorder.capture(lambda: None)
+    second, _ = recorder.capture(lambda: None)
+    assert fake.pools == [None, (0, 7)]
+    del first, second
+    recorder.capture(lambda: None)
+    assert fake.pools[2] is None
 
 
 def test_a_potential_on_a_gpu_records(monkeypatch):

@@ -201,6 +201,18 @@ def test_deterministic(place, changes, deterministic, monkeypatch):
     close(found.virial, expected.virial, atol=1e-10 * float(expected.forces.abs().max()))
 
 
+def test_deterministic_is_checked_before_the_first_step(deterministic):
+    """A step in which the host waits for an answer is not recorded in a graph."""
+    from md_plugin.model.fused_check import mirror_check
+
+    mirror_check.cache_clear()
+    potential = Potential(make_model(backend="triton"), device=DEVICE, dtype="float64")
+    potential._step()
+    assert mirror_check.cache_info().misses == 1
+    fused(potential, STRUCTURES["molecule"]())
+    assert mirror_check.cache_info().misses == 1
+
+
 def test_deterministic_needs_all_rows(deterministic):
     potential = potential_of()
     domains = Domains(BOXES["crystal"](), (2, 1, 1), potential.rcut)

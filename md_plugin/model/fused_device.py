@@ -49,6 +49,8 @@ class DeviceEngine:
     def __init__(self, model: Hipnn, fast: bool = False):
         self.fast, self.order = fast, model.config.order
         self_check(model.encoder.device, model.encoder.dtype, self.order, fast)
+        if fixed_order():  # here, since the host waits: a step in which it does is not recorded
+            mirror_check(model.encoder.device, model.encoder.dtype, self.order)
 
     def where(self, species: Tensor, geometry: Geometry) -> Any:
         """See `fused_sums.Engine`."""
@@ -243,8 +245,8 @@ class HalfSums(DeviceSums):
 
 
 def _power(largest: Tensor) -> Tensor:
-    """The power of two above it, 1 where it is 0."""
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    """The power of two above it, 1 where it is 0; exactly one, as a GPU's pow need not be."""
+    return (largest / torch.frexp(largest).mantissa).nan_to_num(1.0)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

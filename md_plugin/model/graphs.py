@@ -12,6 +12,7 @@ section CUDA Graphs, of the documentation of torch.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -46,6 +47,9 @@ class Recorder(Protocol):
 class CudaRecorder:
     """Graphs of one device, which share their memory: replay them one after the other.
 
+    A graph shares with the last one that still exists. Torch refuses a pool of graphs that are all
+    gone while a result of theirs is still somewhere.
+
     Args:
         device: a CUDA device.
     """
@@ -53,7 +57,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.pool = torch.cuda.graph_pool_handle()
+        self._last: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
 
     def warm_up(self, call: Callable[[], T]) -> T:
         """See `Recorder`."""
@@ -70,13 +74,17 @@ class CudaRecorder:
         Raises:
             RuntimeError: of torch, where something cannot be captured.
         """
-        graph = torch.cuda.CUDAGraph()
+        graph, last = torch.cuda.CUDAGraph(), self._last()
+        pool = None if last is None else last.pool()
         with (
             torch.cuda.device(self.device),
+            # A capture that fails leaves torch on the side stream.
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
             # Threads of others, of an engine say, may go on as they like.
-            torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"),
         ):
             result = call()
+        self._last = weakref.ref(graph)
         return graph.replay, result
 
 
