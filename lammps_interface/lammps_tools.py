@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from lammps_interface.build import (
 
 # program -> what pip calls it, and the oldest that will do
 TOOLS = {"cmake": ("cmake", (3, 20)), "ninja": ("ninja", (1, 10)), "cython": ("cython", (3, 0))}
+BESIDE = {"cython": ["setuptools"]}  # has the distutils that Python 3.12 no longer has
 SHARED_PYTHON = (
     "use one that has: Debian's and Ubuntu's python3 (apt install python3-dev python3-venv), "
     "conda's, or a build with --enable-shared (pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared)"
@@ -163,7 +165,7 @@ def find_tools(log: Path) -> dict[str, Path]:
 
 def _on_path(name: str, oldest: tuple[int, int]) -> Path | None:
     path = shutil.which(name)
-    if not path or (name == "cython" and not Path(path).with_name("cythonize").is_file()):
+    if not path or not _works(Path(path)):
         return None
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     version = re.search(r"(\d+)\.(\d+)", said.stdout + said.stderr)
@@ -172,12 +174,27 @@ def _on_path(name: str, oldest: tuple[int, int]) -> Path | None:
     return Path(path)
 
 
+def _works(program: Path) -> bool:
+    """Whether it is there; beside Python 3.12 cython may lack distutils, which only work shows."""
+    if program.name != "cython" or not program.is_file():
+        return program.is_file()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "empty.pyx").touch()
+        command = [str(program.with_name("cythonize")), "-3", "empty.pyx"]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+        except OSError:
+            return False
+    return done.returncode == 0
+
+
 def _install(names: Sequence[str], folder: Path, log: Path) -> None:
-    if all((folder / "bin" / name).is_file() for name in names):
+    if all(_works(folder / "bin" / name) for name in names):
         return
     python = folder / "bin" / "python"
     steps: list[list[str | Path]] = [[sys.executable, "-m", "venv", folder]]
     packages = [f"{TOOLS[n][0]}>={TOOLS[n][1][0]}.{TOOLS[n][1][1]}" for n in names]
+    packages += [package for n in names for package in BESIDE.get(n, [])]
     steps += [[python, "-m", "pip", "install", "--disable-pip-version-check", *packages]]
     for step in steps:
         done = run(step, log)

@@ -160,6 +160,21 @@ def test_tools_that_cannot_be_installed(machine, monkeypatch):
         lammps_tools.find_tools(machine / "log")
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_a_cython_without_distutils_is_passed_over(works, tmp_path, monkeypatch):
+    """As that of Python 3.12 is, where nothing else has brought setuptools."""
+    for name in ("cython", "cythonize"):
+        (tmp_path / name).write_text(
+            f"#!/bin/sh\n[ $1 = --version ] && echo Cython version 3.1.0 || exit {int(not works)}\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = lammps_tools._on_path("cython", (3, 0))
+    assert found == (tmp_path / "cython" if works else None)
+    (tmp_path / "cythonize").unlink()
+    assert lammps_tools._on_path("cython", (3, 0)) is None
+
+
 # --- the cache
 
 
