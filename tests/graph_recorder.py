@@ -6,6 +6,7 @@ Python that went into operators are frozen in them, as in a real graph.
 """
 
 import contextlib
+from importlib import import_module
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -14,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from md_plugin.kernels.triton_arrays import halves
 from md_plugin.model.radial import tensor_components
 
-LAUNCHES = ("forward", "backward")  # of md_plugin.kernels.triton_fused
+LAUNCHES = {"forward": "triton_fused", "backward": "triton_fused"}  # in md_plugin.kernels
+LAUNCHES |= {"split": "triton_halves", "split_rows": "triton_halves", "product": "triton_matmul"}
 
 
 def _rcut(radial):
@@ -82,6 +84,32 @@ def backward(where, radial, z, ge, gradients, begin=0, scale=None):
         gradients.messages.add_(of_z[0])
 
 
+def _power(largest):
+    """The power of two above it, 1 where it is 0."""
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+
+
+def split(x, found, power):
+    """What `triton_halves.split` writes."""
+    power.copy_(_power(x.abs().amax()) if x.numel() else torch.ones(()))
+    found.copy_(halves(x / power, len(found)))
+
+
+def split_rows(x, found, scale, first, second):
+    """What `triton_halves.split_rows` writes."""
+    power = _power(x.flatten(1).abs().amax(dim=1))
+    found.copy_(halves(x / power.view(-1, *[1] * (x.ndim - 1)), len(found)))
+    scale.copy_(torch.stack([power * first, power * first * second]))
+
+
+def product(a, b, out, counters, powers=None):
+    """What `triton_matmul.product` writes."""
+    found = a.float().sum(dim=0) @ b.float().sum(dim=0)
+    if powers is not None:
+        found *= powers[0] * powers[1]
+    out.copy_(halves(found, len(out)) if out.dtype == torch.float16 else found)
+
+
 class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -125,18 +153,17 @@ class TapeRecorder:
 
     Args:
         monkeypatch: to get hold of the launches.
-        interpreted: whether they run the interpreted kernels; else `forward` and `backward` above,
-            a hundred times as fast.
+        interpreted: whether they run the interpreted kernels; else the functions above, a hundred
+            times as fast.
     """
 
     def __init__(self, monkeypatch, interpreted=False):
-        from md_plugin.kernels import triton_fused
-
         self.warm_ups = self.captures = self.replays = 0
         self.tape, self.launches = None, []
-        for name in LAUNCHES:
-            launch = getattr(triton_fused, name) if interpreted else globals()[name]
-            monkeypatch.setattr(triton_fused, name, self._launcher(name, launch))
+        for name, room in LAUNCHES.items():
+            module = import_module(f"md_plugin.kernels.{room}")
+            launch = getattr(module, name) if interpreted else globals()[name]
+            monkeypatch.setattr(module, name, self._launcher(name, launch))
 
     def _launcher(self, name, launch):
 

@@ -104,7 +104,8 @@ def test_no_step_waits(kind, monkeypatch):
     species, place = inputs(STRUCTURES["molecule"]())
     with launch_counts(monkeypatch) as launches, Watch() as watch:
         step.evaluate(species, place)
-    assert watch.waits == [] and len(launches) == 4
+    layers = [name for name, _ in launches if name in ("forward", "backward")]
+    assert watch.waits == [] and len(layers) == 4
 
 
 def test_the_host_asks_once(monkeypatch):

@@ -257,13 +257,18 @@ def resized(size):
 
 def test_fast_whatever_the_size_of_features(monkeypatch):
     """Powers of two take them to float16: the same forces bitwise. Without, they overflow."""
-    from md_plugin.model import fused_device
+    from md_plugin.kernels import triton_arrays, triton_halves
 
     structure = STRUCTURES["molecule"]()
     small, usual, large = (fused(resized(2.0**n), structure).forces for n in (-30, 0, 30))
     assert usual.abs().max() > 0.1
     assert torch.equal(small, usual) and torch.equal(large, usual)
-    monkeypatch.setattr(fused_device, "_power", torch.ones_like)
+
+    def unscaled(x, halves, power):
+        halves.copy_(triton_arrays.halves(x, len(halves)))
+        power.fill_(1.0)
+
+    monkeypatch.setattr(triton_halves, "split", unscaled)
     with pytest.raises(AssertionError):
         close(fused(resized(2.0**30), structure).forces, usual, atol=1.0)
 

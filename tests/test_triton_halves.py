@@ -18,6 +18,7 @@ interpreted = pytest.mark.skipif(
 # Of the norm of a product, before terms cancel: 2^-22 of a number is lost, 2^-11 with one half.
 TOLERANCE = {2: 4e-7, 1: 5e-4}
 # Rows, terms, columns: odd ones, tiles that are not filled, sums that are split, of one term.
+WIDE = (64, 16, 32, 4, 2, 2, True)
 SHAPES = ((37, 129, 65), (70, 400, 33), (64, 128, 130), (1, 7, 3), (3, 1, 1))
 
 
@@ -26,6 +27,23 @@ def halves():
     from md_plugin.kernels import triton_halves
 
     return triton_halves
+
+
+def split(halves, x, n_half):
+    """Halves, and their power."""
+    with poisoned_memory():
+        found, power = x.new_empty(n_half, *x.shape, dtype=torch.float16), x.new_empty(())
+        halves.split(x, found, power)
+    return found, power
+
+
+def split_rows(halves, x, n_half, first=None, second=None):
+    """Halves, and what is made of their powers."""
+    one = torch.ones((), device=DEVICE)
+    with poisoned_memory():
+        found, scale = x.new_empty(n_half, *x.shape, dtype=torch.float16), x.new_empty(2, len(x))
+        halves.split_rows(x, found, scale, *(one if x is None else x for x in (first, second)))
+    return found, scale
 
 
 @pytest.fixture
@@ -50,8 +68,7 @@ def exact(x, power=1.0):
 @pytest.mark.parametrize("shape", [(7,), (1, 4999), (3, 5, 11)])
 def test_halves_are_close(halves, shape, scale, n_half):
     x = (normal(*shape).clamp(-1.1, 1.1) * scale).clamp(-3e38, 3e38)
-    with poisoned_memory():
-        got, power = halves.split(x, n_half)
+    got, power = split(halves, x, n_half)
     largest = float(x.abs().max())
     assert got.shape == (n_half, *shape) and got.dtype == torch.float16 and power.shape == ()
     assert np.log2(float(power)) % 1 == 0 and got.isfinite().all()
@@ -65,39 +82,37 @@ def test_halves_are_close(halves, shape, scale, n_half):
 def test_halves_of_rows_have_powers_of_their_own(halves, n_half):
     rows = torch.tensor([1.0, 2.0**30, 0.0, 2.0**-30, 1.0], device=DEVICE)[:, None, None]
     x, first, second = normal(5, 3, 7) * rows, normal(1)[0], normal(1, seed=1)[0]
-    with poisoned_memory():
-        got, powers = halves.split_rows(x, n_half, first, second)
+    got, powers = split_rows(halves, x, n_half, first, second)
     assert torch.equal(powers[1], powers[0] * second)
-    whole, power = halves.split(x[1], n_half)
+    whole, power = split(halves, x[1], n_half)
     assert torch.equal(got[:, 1], whole) and powers[0, 1] == power * first
     assert powers[0, 2] == first and not got[:, 2].any()  # 1 where there is nothing
-    assert torch.equal(halves.split_rows(x * 2.0**20, n_half, first, second)[0], got)
+    assert torch.equal(split_rows(halves, x * 2.0**20, n_half, first, second)[0], got)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_nothing_zeros_and_what_is_not_finite(halves):
-    one = torch.ones((), device=DEVICE)
     for shape in ((0, 4), (0,), (3, 0)):
-        got, power = halves.split(normal(*shape), 2)
+        got, power = split(halves, normal(*shape), 2)
         assert got.shape == (2, *shape) and power == 1
         if len(shape) == 2:
-            got, powers = halves.split_rows(normal(*shape), 1, one, one)
+            got, powers = split_rows(halves, normal(*shape), 1)
             assert got.shape == (1, *shape) and powers.shape == (2, shape[0])
-    got, power = halves.split(torch.zeros(5, device=DEVICE), 2)
+    got, power = split(halves, torch.zeros(5, device=DEVICE), 2)
     assert power == 1 and not got.any()
     for bad in (torch.nan, torch.inf, -torch.inf):
         x = normal(3000)
         x[2500] = bad
         for n_half in (1, 2):
-            got, _ = halves.split(x, n_half)
+            got, _ = split(halves, x, n_half)
             assert not exact(got)[2500].isfinite() and exact(got)[:2500].isfinite().all()
-            rows, _ = halves.split_rows(x.view(6, 500), n_half, one, one)
+            rows, _ = split_rows(halves, x.view(6, 500), n_half)
             assert exact(rows).isfinite().all(dim=1).tolist() == [True] * 5 + [False]
 
 
 def multiplied(halves, matmul, a, b, n_half):
     """The product with powers, and the one that is halves itself, both in float64."""
-    (a, of_a), (b, of_b) = halves.split(a, n_half), halves.split(b, n_half)
+    (a, of_a), (b, of_b) = split(halves, a, n_half), split(halves, b, n_half)
     counters = matmul.counters(a.device)
     with poisoned_memory():
         out = torch.empty(a.shape[1], b.shape[2], device=DEVICE)
@@ -137,26 +152,27 @@ def test_nothing_is_hidden_in_a_product(halves, matmul):
     """NaN stays in its row, zeros are zeros, and nothing has no product."""
     a, b = normal(5, 40), normal(40, 9, seed=1)
     a[3, 2], a[1] = torch.nan, 0.0
-    one = torch.ones((), device=DEVICE)
-    rows, _ = halves.split_rows(a, 2, one, one)
+    rows, (b, _) = split_rows(halves, a, 2)[0], split(halves, b, 2)
     out = torch.empty(5, 9, device=DEVICE)
-    matmul.product(rows, halves.split(b, 2)[0], out, matmul.counters(out.device))
+    matmul.product(rows, b, out, matmul.counters(out.device))
     assert out.isnan().all(dim=1).tolist() == [False] * 3 + [True, False]
     assert not out[1].any()
     empty = torch.empty(0, 9, device=DEVICE)
-    matmul.product(rows[:, :0].contiguous(), halves.split(b, 2)[0], empty, out)
+    matmul.product(rows[:, :0].contiguous(), b, empty, out)
 
 
-@pytest.mark.parametrize("n_split", [2, 4])
-def test_a_sum_that_is_split(halves, matmul, monkeypatch, n_split):
-    """Is the same to rounding, to the last bit twice, and leaves the counters at zero."""
-    a, b = normal(70, 200), normal(200, 20, seed=1)
-    tile = matmul.Tile(64, 16, 16, 4, n_split)
+@pytest.mark.parametrize("n_half", [1, 2])
+@pytest.mark.parametrize("tile", [(64, 16, 16, 4, 3, 2), (64, 16, 32, 4, 3, 4), WIDE])
+def test_products_that_are_shared_out(halves, matmul, monkeypatch, tile, n_half):
+    """Are the same to rounding, to the last bit twice, and leave the counters at zero."""
+    tile = matmul.Tile(*tile)
+    n_sum = tile.terms - 3 if tile.wide else 100
+    a, b = normal(70, n_sum), normal(n_sum, 40, seed=1)
     monkeypatch.setattr(matmul, "chosen", lambda *_: tile)
-    first, second = (multiplied(halves, matmul, a, b, 2) for _ in range(2))
+    first, second = (multiplied(halves, matmul, a, b, n_half) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     for got in first:
-        assert error(got, a, b) <= TOLERANCE[2]
+        assert error(got, a, b) <= TOLERANCE[n_half]
 
 
 def cut_off(x):
@@ -183,7 +199,7 @@ def test_long_sums_where_additions_cut_off(halves, matmul, monkeypatch):
     a, b = normal(16, 2560), normal(2560, 16, seed=1)
     off = {}
     for terms in (matmul.chosen((16, 2560, 16), 2).terms, 4096):
-        monkeypatch.setattr(matmul, "chosen", lambda *_, n=terms: matmul.Tile(16, 16, n, 4, 1))
+        monkeypatch.setattr(matmul, "chosen", lambda *_, n=terms: matmul.Tile(16, 16, n, 4, 3, 1))
         got, _ = multiplied(halves, matmul, a, b, 2)
         off[terms] = error(got, a, b)
     assert off.pop(4096) > 5 * TOLERANCE[2]
@@ -192,16 +208,23 @@ def test_long_sums_where_additions_cut_off(halves, matmul, monkeypatch):
 
 def test_tiles_fill_the_gpu(matmul):
     """Large where there are many rows; small, and sums in parts, where there are few."""
-    n_nu, n_feat = 20, 128
+    n_env, n_hidden, gpu = 20 * 128, 128, (True, 132)
     for n_half in (1, 2):
-        large = matmul.chosen((128 * 132, n_nu * n_feat, n_feat), n_half)
-        assert large[:2] == (128, 128) and large.n_split == 1
-        assert matmul.chosen((128 * 132, n_feat, n_nu * n_feat), n_half)[:2] == (128, 128)
-        small = matmul.chosen((400, n_nu * n_feat, n_feat), n_half)
-        programs = -(-400 // small.rows) * -(-n_feat // small.columns) * small.n_split
-        assert small.n_split > 1 and 44 <= programs <= 132
-    for shape in ((10**7, 2560, 128), (10**7, 128, 2560)):
-        assert matmul.chosen(shape, 2).n_split == 1  # more tiles than counters
+        large = matmul.chosen((128 * 132, n_env, n_hidden), n_half)
+        assert large[:2] == (128, 128) and large.grid(128 * 132, n_hidden) == (132, 1)
+        back = matmul.chosen((128 * 132, n_hidden, n_env), n_half)
+        assert back.wide and back.grid(128 * 132, n_env) == (132, 1)
+        small = matmul.chosen((400, n_env, n_hidden), n_half)
+        assert small.n_share > 1 and 66 <= np.prod(small.grid(400, n_hidden)) <= 132
+    for shape in ((10**7, n_env, n_hidden), (10**7, n_hidden, n_env)):
+        found = matmul.chosen(shape, 2)
+        assert found.wide or found.n_share == 1  # more tiles than counters
+    # Of twice as many rows nothing is faster; and a GPU with half the multiprocessors is slower.
+    for shape in ((400, n_env, n_hidden), (10**5, n_hidden, n_env)):
+        tile, twice = matmul.chosen(shape, 2), (2 * shape[0], *shape[1:])
+        least = matmul.cycles(tile, shape, 2, gpu)
+        assert matmul.cycles(matmul.chosen(twice, 2), twice, 2, gpu) >= least
+        assert matmul.cycles(tile, shape, 2, (True, 40)) > least
 
 
 @pytest.mark.parametrize(
@@ -225,14 +248,22 @@ def test_products_that_are_refused(matmul, change, error, message):
 
 def test_halves_that_are_refused(halves):
     x, one = torch.ones(2, 3, device=DEVICE), torch.ones((), device=DEVICE)
-    with pytest.raises(TypeError, match=r"halves are made of float32, not of torch\.float64"):
-        halves.split(x.double(), 2)
+    two, scale = torch.ones(2, 2, 3, device=DEVICE).half(), torch.ones(2, 2, device=DEVICE)
+    with pytest.raises(TypeError, match=r"made of float32 .* not torch\.float16 of torch\.float64"):
+        halves.split(x.double(), two, one)
+    with pytest.raises(TypeError, match=r"not torch\.float32 of torch\.float32"):
+        halves.split(x, two.float(), one)
     with pytest.raises(ValueError, match="not contiguous"):
-        halves.split(x.T, 2)
-    with pytest.raises(ValueError, match="n_half is 3, not 1 or 2"):
-        halves.split(x, 3)
-    with pytest.raises(ValueError, match=r"powers have shapes \(2, 3\), \(\), not \(\)"):
-        halves.split_rows(x, 2, x, one)
+        halves.split(x.T, two.mT.contiguous(), one)
+    for wrong in (two[:, :1], two.repeat(2, 1, 1), two[0]):
+        with pytest.raises(ValueError, match=r"are not one or two halves of \(2, 3\)"):
+            halves.split(x, wrong, one)
+    with pytest.raises(ValueError, match=r"power has shape \(2, 3\), not \(\)"):
+        halves.split(x, two, x)
+    with pytest.raises(ValueError, match=r"scale has shape \(2, 1\), not \(2, 2\)"):
+        halves.split_rows(x, two, scale[:, :1], one, one)
+    with pytest.raises(ValueError, match=r"second has shape \(2, 3\), not \(\)"):
+        halves.split_rows(x, two, scale, one, x)
 
 
 COMPILED = """
@@ -247,22 +278,26 @@ def report(name, kernel, capability, constants, sizes, half, **more):
 
 def product(capability, tile, n_half, back=False):
     n_sum, n_col, out = (128, 2560, torch.float16) if back else (2560, 128, torch.float32)
-    split, half = tile.n_split > 1, ("a", "b", "out") if back else ("a", "b")
+    split, half = tile.n_share > 1 and not tile.wide, ("a", "b", "out") if back else ("a", "b")
+    kernel = triton_matmul.wide_kernel if tile.wide else triton_matmul.product_kernel
     constants = triton_matmul.options(tile, n_sum, n_col, n_half, out)
-    constants |= {} if split else {"parts": None, "arrived": None}
-    constants |= {"first": None, "second": None} if back else {}
-    sizes = {"n_row": 1535, "n_sum": n_sum, "n_col": n_col}
-    name, kernel = f"product {n_half} {tile}", triton_matmul.product_kernel
-    report(name, kernel, capability, constants, sizes, half, split=split)
+    absent = [] if split else ["parts", "arrived"]
+    absent += ["first", "second"] if back else []
+    constants |= {name: None for name in absent if name in kernel.arg_names}
+    sizes = {"n_row": 1535, "n_sum": n_sum, "n_col": n_col, "n_step": 3}
+    report(f"product {n_half} {tile}", kernel, capability, constants, sizes, half, split=split)
 
 for capability in (80, 90):
-    for n_half, splits in ((1, (1,)), (2, (4,))):
-        found = triton_matmul.tiles(2560, 128, n_half, capability == 90)
-        for tile in [tile for tile in found if tile.n_split in splits][: 2 * n_half - 1]:
+    for n_half in (1, 2):
+        first, *others = triton_matmul.tiles(2560, 128, n_half, capability == 90)
+        shared = [tile for tile in (first, *others) if tile.n_share == 4]
+        for tile in shared if n_half == 2 else (first,):
             product(capability, tile, n_half)
-    product(capability, next(triton_matmul.tiles(128, 2560, 2, capability == 90)), 2, back=True)
-    n = {"n": 6400000}
-    block = {"BLOCK": triton_halves.BLOCK}
+        narrow, *others = triton_matmul.tiles(128, 2560, n_half, capability == 90)
+        product(capability, next(tile for tile in others if tile.wide), n_half, back=True)
+    product(capability, narrow, 2, back=True)
+    n = {"n": 6400001}
+    block = {"BLOCK": triton_halves.BLOCK, "ALIGN": 16}
     report("largest", triton_halves.largest_kernel, capability, {**block}, n, ())
     block |= {"N_HALF": 2, "PARTS": triton_halves.PARTS}
     report("split", triton_halves.split_kernel, capability, block, n | {"n_part": 512}, ("halves",))
@@ -276,7 +311,7 @@ for capability in (80, 90):
 def test_halves_compile_for_a100_and_h100(tmp_path):
     """Matrix instructions, warp groups on H100, three stages of 16-byte copies, no spills."""
     rows = [json.loads(line) for line in run_python(COMPILED, tmp_path).splitlines()]
-    assert len(rows) == 2 * (1 + 3 + 1 + 3)
+    assert len(rows) == 2 * (2 + 4 + 1 + 3) - 1  # 64 x 128 with warp groups only
     for row in rows:
         assert row["STACK"] == 0 and row["spill"] == 0, row
         assert row["wide_load"] > 0, row

@@ -15,24 +15,17 @@ Products of halves: `triton_matmul`.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
+from math import gcd
+
 import triton
 import triton.language as tl
 from torch import Tensor, float16, float32, int32
 
 from md_plugin.kernels.triton_parts import on_device, power_of_two
+from md_plugin.kernels.triton_parts import split as parts_of
 
 PARTS = 512  # of an array, each by one program: some four for each multiprocessor
 BLOCK = 2048  # numbers at once: 16 for each of 128 threads, four loads of 16 bytes
-
-
-@triton.jit
-def halves_of(x, N_HALF: tl.constexpr):
-    """hi, or hi and lo."""
-    hi = x.to(tl.float16)
-    if N_HALF == 1:
-        return (hi,)
-    else:
-        return hi, (x - hi.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -49,9 +42,10 @@ def _powers(largest):
     return power, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def largest_kernel(values, largest, n, BLOCK: tl.constexpr):
-    """The largest magnitude of every num_programs-th block."""
+@triton.jit(do_not_specialize=["n"])
+def largest_kernel(values, largest, n, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest magnitude of every num_programs-th block. ALIGN divides n."""
+    n = n // ALIGN * ALIGN
     found = tl.zeros((BLOCK,), tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for k0 in range(first, n, tl.num_programs(0) * BLOCK):
@@ -60,19 +54,20 @@ def largest_kernel(values, largest, n, BLOCK: tl.constexpr):
     tl.store(largest + tl.program_id(0), tl.max(found, axis=0))
 
 
-@triton.jit(do_not_specialize=["n_part"])
+@triton.jit(do_not_specialize=["n", "n_part"])
 def split_kernel(
     values, largest, halves, power, n, n_part,
-    N_HALF: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    N_HALF: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Halves of a block; the first program writes the power."""
+    n = n // ALIGN * ALIGN
     part = tl.arange(0, PARTS)
     parts = tl.load(largest + part, mask=part < n_part, other=0)
     above, inverse = _powers(tl.max(parts, axis=0))
     if tl.program_id(0) == 0:
         tl.store(power, above)
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    of_x = halves_of(tl.load(values + k, mask=k < n, other=0.0) * inverse, N_HALF)
+    of_x = parts_of(tl.load(values + k, mask=k < n, other=0.0) * inverse, halves, N_HALF)
     for half in tl.static_range(N_HALF):
         tl.store(halves + (half * n + k), of_x[half], mask=k < n)
 
@@ -92,57 +87,54 @@ def split_rows_kernel(
     power *= tl.load(first)
     tl.store(scale + row, power, mask=row < n_row)
     tl.store(scale + n_row + row, power * tl.load(second), mask=row < n_row)
-    split = halves_of(of_x * inverse[:, None], N_HALF)
+    split = parts_of(of_x * inverse[:, None], halves, N_HALF)
     for half in tl.static_range(N_HALF):
         place = (half * n_row + row)[:, None] * size + column[None, :]
         tl.store(halves + place, split[half], mask=there)
 
 
-def split(x: Tensor, n_half: int) -> tuple[Tensor, Tensor]:
-    """Halves (n_half, *x.shape) of an array, and its power of two (), on its device.
-
-    Args:
-        x: float32, contiguous, of any shape.
-        n_half: 2, or 1 for hi alone.
-
-    Raises:
-        TypeError: x is not float32.
-        ValueError: x is not contiguous, or n_half is neither 1 nor 2.
-    """
-    _check(x, n_half)
-    halves = x.new_empty(n_half, *x.shape, dtype=float16)
-    if not x.numel():
-        return halves, x.new_ones(())
-    power, n_block = x.new_empty(()), triton.cdiv(x.numel(), BLOCK)
-    largest = x.new_empty(min(n_block, PARTS), dtype=int32)
-    with on_device(x):
-        largest_kernel[(len(largest),)](x, largest, x.numel(), BLOCK=BLOCK)
-        split_kernel[(n_block,)](
-            x, largest, halves, power, x.numel(), len(largest),
-            N_HALF=n_half, PARTS=PARTS, BLOCK=BLOCK,
-        )  # fmt: skip
-    return halves, power
-
-
-def split_rows(x: Tensor, n_half: int, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Halves (n_half, *x.shape), each row (x.shape[1:]) over a power of its own, and powers (2, n).
+def split(x: Tensor, halves: Tensor, power: Tensor) -> None:
+    """Write halves of an array, and its power of two.
 
     Args:
         x: (n, ...) float32, contiguous.
-        n_half: 2, or 1 for hi alone.
-        first: () float32, a power that powers of rows are multiplied by.
-        second: () float32, another, for the second row of the powers only.
+        halves: (2 or 1, *x.shape) float16, contiguous; is written.
+        power: () float32; is written.
 
     Raises:
-        TypeError: an array is not float32.
-        ValueError: an array is not contiguous, n_half is neither 1 nor 2, or `first` or `second`
-            is more than one number.
+        TypeError: an array is of another dtype.
+        ValueError: an array has another shape, or is not contiguous.
     """
-    for array in (x, first, second):
-        _check(array, n_half)
-    if first.ndim or second.ndim:
-        raise ValueError(f"powers have shapes {tuple(first.shape)}, {tuple(second.shape)}, not ()")
-    halves, scale = x.new_empty(n_half, *x.shape, dtype=float16), x.new_empty(2, len(x))
+    _check(x, halves, {"power": (power, ())})
+    if not x.numel():
+        power.fill_(1.0)
+        return
+    n_block, shape = triton.cdiv(x.numel(), BLOCK), {"ALIGN": gcd(x[0].numel(), 16), "BLOCK": BLOCK}
+    largest = x.new_empty(min(n_block, PARTS), dtype=int32)
+    with on_device(x):
+        largest_kernel[(len(largest),)](x, largest, x.numel(), **shape)
+        split_kernel[(n_block,)](
+            x, largest, halves, power, x.numel(), len(largest),
+            N_HALF=len(halves), PARTS=PARTS, **shape,
+        )  # fmt: skip
+
+
+def split_rows(x: Tensor, halves: Tensor, scale: Tensor, first: Tensor, second: Tensor) -> None:
+    """Write halves, each row (x.shape[1:]) over a power of its own, and scale.
+
+    Args:
+        x: (n, ...) float32, contiguous.
+        halves: (2 or 1, n, ...) float16, contiguous; is written.
+        scale: (2, n) float32; is written: the power of a row times `first`, and that times
+            `second`.
+        first: () float32.
+        second: () float32.
+
+    Raises:
+        TypeError: an array is of another dtype.
+        ValueError: an array has another shape, or is not contiguous.
+    """
+    _check(x, halves, {"scale": (scale, (2, len(x))), "first": (first, ()), "second": (second, ())})
     if x.numel():
         size = x[0].numel()
         columns = power_of_two(size, 16, 1 << 20)
@@ -150,15 +142,21 @@ def split_rows(x: Tensor, n_half: int, first: Tensor, second: Tensor) -> tuple[T
         with on_device(x):
             split_rows_kernel[(triton.cdiv(len(x), rows),)](
                 x, halves, scale, first, second, len(x), size,
-                N_HALF=n_half, BLOCK_R=rows, BLOCK_C=columns,
+                N_HALF=len(halves), BLOCK_R=rows, BLOCK_C=columns,
             )  # fmt: skip
-    return halves, scale
 
 
-def _check(x: Tensor, n_half: int) -> None:
-    if x.dtype != float32:
-        raise TypeError(f"halves are made of float32, not of {x.dtype}")
-    if not x.is_contiguous():
+def _check(x: Tensor, halves: Tensor, others: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    for name, (array, shape) in others.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, not {shape}")
+    singles = x, *(array for array, _ in others.values())
+    if halves.dtype != float16 or any(array.dtype != float32 for array in singles):
+        raise TypeError(
+            f"halves are float16, and made of float32 with powers in float32, not {halves.dtype} "
+            f"of {', '.join(str(array.dtype) for array in singles)}"
+        )
+    if halves.shape[:1] not in ((1,), (2,)) or halves.shape[1:] != x.shape:
+        raise ValueError(f"{tuple(halves.shape)} are not one or two halves of {tuple(x.shape)}")
+    if not all(array.is_contiguous() for array in (halves, *singles)):
         raise ValueError("an array is not contiguous")
-    if n_half not in (1, 2):
-        raise ValueError(f"n_half is {n_half}, not 1 or 2")

@@ -3,9 +3,9 @@
     env[i, c, nu, a] = sum_p t_c(p) s_nu(r_p) z[sender(p), a]        m = env V
 
 env comes first in every order (see `md_plugin.kernels.triton_fused`), for as many atoms at once as
-keep it in the second-level cache; the product with V is a library's. Sensitivities that are mixed
-from Gaussians: as in `md_plugin.model.fused_sums`. Where Triton interprets its kernels, they run
-on the CPU as well, for tests.
+its product with V, in float32 of halves (`md_plugin.kernels.triton_matmul`), takes to fill the GPU.
+Sensitivities that are mixed from Gaussians: as in `md_plugin.model.fused_sums`. Where Triton
+interprets its kernels, they run on the CPU as well, for tests.
 
 With `torch.use_deterministic_algorithms`, and without ghosts, no sum depends on the order in which
 programs run: each atom takes from its own row both what it gets and what it gives.
@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import triton_arrays, triton_fused
-from md_plugin.kernels.triton_arrays import halves
+from md_plugin.kernels import triton_arrays, triton_fused, triton_halves, triton_matmul
 from md_plugin.kernels.triton_parts import fixed_order
 from md_plugin.model.fused_check import mirror_check, self_check
 from md_plugin.model.fused_sums import Sums, gaussian_weight
@@ -29,8 +28,8 @@ from md_plugin.model.hipnn import Hipnn
 from md_plugin.model.radial import N_COMPONENTS
 from md_plugin.pairs import Geometry
 
-# dE/denv and env of a block of atoms, beside features, in the 40 to 50 MB of an A100 or H100.
-BLOCK_BYTES = 16_000_000
+# env, or dE/denv, of a block of atoms, at most: docs/gpu.md has the reasons.
+BLOCK_BYTES = 180_000_000
 
 
 class DeviceEngine:
@@ -132,8 +131,14 @@ class DeviceSums:
         self.weight = weight.reshape(-1, n_hidden).contiguous()
         self.transposed = self.weight.T.contiguous()
         self.shape = (N_COMPONENTS[interaction.order], n_hidden)
-        block = BLOCK_BYTES // (self.shape[0] * weight[..., 0].numel() * weight.element_size())
-        self.block = block // 16 * 16  # multiples are all the same to Triton's compiler
+        self.block = self._block(weight.element_size())
+
+    def _block(self, n_byte: int) -> int:
+        """Receivers at once, n_byte for each number of env: whole turns of the GPU, if any."""
+        most = BLOCK_BYTES // (self.shape[0] * len(self.weight) * n_byte)
+        n_tile = triton_matmul.gpu_of(self.weight.device)[1]
+        turn = 128 * n_tile // self.shape[0] // 16 * 16  # of tiles of 128 rows, in multiples of 16
+        return most // turn * turn or most // 16 * 16
 
     def source(self, z: Tensor, n_thread: int) -> Any:
         """See `fused_sums.Sums`."""
@@ -209,53 +214,44 @@ class HalfSums(DeviceSums):
 
     def __init__(self, interaction: Any, is_first: bool, n_half: int):
         super().__init__(interaction, is_first)
-        self.n_half = n_half
-        self.of_weight = _power(self.weight.abs().amax())
-        self.halves = halves(self.weight / self.of_weight, n_half)
+        self.n_half, weight = n_half, self.weight
+        self.one, self.of_weight = weight.new_ones(()), weight.new_empty(())
+        self.halves = weight.new_empty(n_half, *weight.shape, dtype=torch.float16)
+        triton_halves.split(weight, self.halves, self.of_weight)
         self.turned = self.halves.mT.contiguous()
-        self.block *= 3 - n_half
+        self.counters = triton_matmul.counters(weight.device)
+        self.block = self._block(2 * n_half)
 
     def source(self, z: Tensor, n_thread: int) -> Any:
-        """See `fused_sums.Sums`."""
+        """See `fused_sums.Sums`: features, their halves and power; none of one-hot features."""
         if self.is_first:
-            return None, None, z.new_ones(())
-        power = _power(z.abs().amax()) if len(z) else z.new_ones(())
-        return z, halves(z / power, self.n_half), power
+            return None, None, self.one
+        halves = z.new_empty(self.n_half, *z.shape, dtype=torch.float16)
+        power = z.new_empty(())
+        triton_halves.split(z, halves, power)
+        return z, halves, power
 
     def mix(self, where: Any, source: Any, start: int, m: Tensor) -> None:
         """See `fused_sums.Sums`."""
         _, z, power = source
-        shape = self.n_half, len(m), self.shape[0], self.n_nu, self.n_in
-        env = m.new_empty(shape, dtype=torch.float16)
+        env = self._env(len(m))
         triton_fused.forward(where, self.radial, z, env, start)
-        product = _product(env.view(self.n_half, -1, len(self.weight)), self.halves)
-        torch.mul(product.view_as(m), power * self.of_weight, out=m)
+        rows = env.view(self.n_half, -1, len(self.weight)), self.halves, m.view(-1, self.shape[1])
+        triton_matmul.product(*rows, self.counters, (power, self.of_weight))
 
     def gradient(self, where: Any, source: Any, g: Tensor, sink: Any, start: int) -> None:
         """See `fused_sums.Sums`."""
-        z, parts, power = source
-        mine = _power(g.abs().amax(dim=(1, 2)))
-        small = halves((g / mine[:, None, None]).reshape(-1, self.shape[1]), self.n_half)
-        ge = halves(_product(small, self.turned), self.n_half)
-        ge = ge.view(self.n_half, len(g), self.shape[0], self.n_nu, self.n_in)
-        scale = mine * self.of_weight
-        scale = torch.stack([scale, scale * power])
-        triton_fused.backward(where, self.radial, parts, ge, sink.found, start, scale=scale)
+        z, halves, power = source
+        small = g.new_empty(self.n_half, *g.shape, dtype=torch.float16)
+        scale = g.new_empty(2, len(g))
+        triton_halves.split_rows(g.contiguous(), small, scale, self.of_weight, power)
+        ge, rows = self._env(len(g)), small.view(self.n_half, -1, self.shape[1])
+        out = ge.view(self.n_half, -1, len(self.weight))
+        triton_matmul.product(rows, self.turned, out, self.counters)
+        triton_fused.backward(where, self.radial, halves, ge, sink.found, start, scale=scale)
         self._keep(where, z, g, sink, start)
 
-
-def _power(largest: Tensor) -> Tensor:
-    """The power of two above it, 1 where it is 0; exactly one, as a GPU's pow need not be."""
-    return (largest / torch.frexp(largest).mantissa).nan_to_num(1.0)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, of halves (n_half, rows, columns); what two low ones give is left out."""
-    product = _multiplied(a[0], b[0])
-    if len(a) == 2:
-        product += _multiplied(a[1], b[0]) + _multiplied(a[0], b[1])
-    return product
-
-
-def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    def _env(self, n_block: int) -> Tensor:
+        """Halves of an array of a block."""
+        shape = self.n_half, n_block, self.shape[0], self.n_nu, self.n_in
+        return self.weight.new_empty(shape, dtype=torch.float16)
