@@ -19,6 +19,8 @@ from md_plugin.model.fusion import FusedHipnn
 
 CPU = torch.device("cpu")
 USUAL = {"BLOCK_P": 16, "BLOCK_NU": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 1}
+TILE = {"rows": 64, "columns": 16, "terms": 16, "num_warps": 4, "num_stages": 2}
+TILE |= {"n_share": 3, "wide": 1}
 KEY = "forward 1 8 4 float32"
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available() or bool(absence("triton")),
@@ -91,6 +93,8 @@ FAULTS = {
     "it has no options": lambda content: {"identity": content["identity"]},
     "not one number for each": lambda content: content | {"options": {KEY: {"num_warps": 4}}},
     "num_warps is 3": lambda content: content | {"options": {KEY: {**USUAL, "num_warps": 3}}},
+    "receivers is 0": lambda content: content | {"options": {"block 1 8": {"receivers": 0}}},
+    "rows is 48": lambda content: content | {"options": {"product 1 8": TILE | {"rows": 48}}},
     "BLOCK_F is 4096": lambda content: content | {"options": {KEY: {**USUAL, "BLOCK_F": 4096}}},
     "BLOCK_P is '16'": lambda content: content | {"options": {KEY: {**USUAL, "BLOCK_P": "16"}}},
 }
@@ -124,7 +128,12 @@ class FakeClock:
     def __call__(self, call):
         call()
         options = tuning._trial.get()
-        return options["num_warps"] / options["num_stages"] ** 2
+        return options.get("num_warps", options.get("receivers")) / stages(options) ** 2
+
+
+def stages(options):
+    """Of a layer's kernel; blocks and tiles of products leave them alone."""
+    return options["num_stages"] if options and "BLOCK_P" in options else 1
 
 
 @interpreted
@@ -145,13 +154,13 @@ def test_the_fastest_that_is_right_wins(order, kinds, monkeypatch, capsys):
     forward, backward = triton_fused.forward, triton_fused.backward
 
     def limited(*args):
-        if (tuning._trial.get() or USUAL)["num_stages"] == 2:
+        if stages(tuning._trial.get()) == 2:
             raise RuntimeError("out of resource: shared memory\nRequired: 300000")
         forward(*args)
 
     def wrong(where, radial, z, ge, found, **rest):
         backward(where, radial, z, ge, found, **rest)
-        found.forces[1] *= 1 + 1e-3 * ((tuning._trial.get() or USUAL)["num_stages"] == 2)
+        found.forces[1] *= 1 + 1e-3 * (stages(tuning._trial.get()) == 2)
 
     monkeypatch.setattr(triton_fused, "forward", limited)
     monkeypatch.setattr(triton_fused, "backward", wrong)
@@ -162,8 +171,9 @@ def test_the_fastest_that_is_right_wins(order, kinds, monkeypatch, capsys):
     assert "num_stages 2: RuntimeError: out of resource: shared memory\n" in said
     assert said.count("discarded for forward") == said.count("discarded for backward") == 2
     assert "num_stages 2: wrong by " in said and "interpreter.json" in said
-    table = tuning._measured(CPU, os.environ["XDG_CACHE_HOME"])
-    assert len(table) == 4
+    table = dict(tuning._measured(CPU, os.environ["XDG_CACHE_HOME"]))
+    products = [table.pop(name) for name in [*table] if name.startswith("product")]
+    assert len(table) == 4 and len(products) == (4 if fast else 0)  # to and fro, in two layers
     for name, options in table.items():
         assert name.split()[1:3] == [str(n_comp), "8"]
         assert options == {**USUAL, "num_warps": 2}
@@ -173,6 +183,51 @@ def test_the_fastest_that_is_right_wins(order, kinds, monkeypatch, capsys):
     env = torch.empty(1, n_comp, 6, 5, dtype=getattr(torch, kind))
     used = triton_fused.options(step.layers[1].sums.radial, env)
     assert {k: used[k] for k in tuning.NAMES} == table[f"forward {n_comp} 8 8 {kind}"]
+
+
+@interpreted
+def test_the_fastest_blocks_are_kept(monkeypatch, capsys):
+    """Of sizes about the usual one; what is wrong is left out; later networks take them."""
+    from md_plugin.kernels import triton_fused
+    from md_plugin.model import fused_device, tuner
+
+    model = make_model(backend="triton", order=0).double()
+    n_byte = 8 * FusedHipnn(model, "triton").layers[1].sums.weight[:, 0].numel()
+    monkeypatch.setattr(fused_device, "BLOCK_BYTES", 192 * n_byte)
+    monkeypatch.setattr(tuner, "BLOCK_SIZES", [n * n_byte for n in (8, 64, 112, 128, 1 << 20)])
+    TapeRecorder(monkeypatch)
+    forward = triton_fused.forward
+
+    def limited(where, radial, z, env, begin=0):
+        forward(where, radial, z, env, begin)
+        env.mul_(1.1 if len(env) == 64 else 1.0)
+
+    monkeypatch.setattr(triton_fused, "forward", limited)
+    assert FusedHipnn(model, "triton").layers[1].block == 192
+    cli_tune.run_tune([model], CPU, clock=FakeClock(), per_side=2)
+    said = capsys.readouterr().out
+    step = FusedHipnn(model, "triton")
+    assert step.layers[1].block == 112  # 8 are too few, and a million are more than atoms
+    assert "receivers 64: wrong by" in said and "receivers 8:" not in said
+    assert f"{step.layers[1].sums.block_key}: 192000000 -> 112000000 us with receivers 112" in said
+
+
+@interpreted
+def test_tiles_of_products_come_back(monkeypatch):
+    from md_plugin.kernels import triton_matmul as matmul
+
+    shape = (400, 60, 16)
+    usual = matmul.tile_of(shape, 2, CPU)
+    assert usual == matmul.chosen(shape, 2)
+    tuning.save({matmul.key(shape, 2): TILE}, CPU)
+    assert matmul.tile_of((390, 60, 16), 2, CPU) == matmul.Tile(64, 16, 16, 4, 2, 3, True)
+    assert matmul.tile_of((200, 60, 16), 2, CPU) == matmul.chosen((200, 60, 16), 2)
+    assert matmul.tile_of(shape, 1, CPU) == matmul.chosen(shape, 1)
+    found = matmul.candidates(shape, 2, CPU)
+    assert found[0] == usual and len(set(found)) == len(found) > 2
+    with tuning.trying(TILE):
+        assert matmul.tile_of((7, 1, 1), 1, CPU).n_share == 3
+        assert tuning.known(KEY, CPU) == {}
 
 
 @interpreted

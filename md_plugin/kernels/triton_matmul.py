@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from md_plugin.kernels import tuning
 from md_plugin.kernels.triton_matmul_kernels import product_kernel, wide_kernel
 from md_plugin.kernels.triton_parts import has_warp_groups, on_device, power_of_two
 
@@ -107,17 +108,45 @@ def cycles(tile: Tile, shape: tuple[int, int, int], n_half: int, gpu: tuple[bool
     return turns * (each + START)
 
 
+def _cost(tile: Tile, shape: tuple[int, int, int], n_half: int, gpu: tuple[bool, int]) -> float:
+    """`cycles`, where there are counters for the tiles of a sum that is split."""
+    split = tile.n_share > 1 and not tile.wide
+    if split and tile.grid(shape[0], shape[2])[0] > MOST_TILES:
+        return math.inf
+    return cycles(tile, shape, n_half, gpu)
+
+
 @cache
 def chosen(shape: tuple[int, int, int], n_half: int, gpu: tuple[bool, int] = (True, 132)) -> Tile:
     """The tile that takes the fewest `cycles`."""
-    n_row, n_sum, n_col = shape
+    found = tiles(*shape[1:], n_half, gpu[0])
+    return min(found, key=lambda tile: _cost(tile, shape, n_half, gpu))
+
+
+def key(shape: tuple[int, int, int], n_half: int) -> str:
+    """Name of a product in `tuning`: rows as the next power of two."""
+    n_row, *others = shape
+    return " ".join(map(str, ("product", 1 << (n_row - 1).bit_length(), *others, n_half)))
+
+
+def tile_of(shape: tuple[int, int, int], n_half: int, device: torch.device) -> Tile:
+    """The tile that was measured to be the fastest on a device, else the one that is `chosen`."""
+    found = tuning.known(key(shape, n_half), device)
+    if not found:
+        return chosen(shape, n_half, gpu_of(device))
+    return Tile._make(found[name] for name in Tile._fields)
+
+
+def candidates(shape: tuple[int, int, int], n_half: int, device: torch.device) -> list[Tile]:
+    """Tiles worth measuring: those that may take less than twice what the first may."""
+    gpu = gpu_of(device)
 
     def cost(tile: Tile) -> float:
-        counted = tile.n_share > 1 and not tile.wide
-        few = tile.grid(n_row, n_col)[0] <= MOST_TILES
-        return cycles(tile, shape, n_half, gpu) if few or not counted else math.inf
+        return _cost(tile, shape, n_half, gpu)
 
-    return min(tiles(n_sum, n_col, n_half, gpu[0]), key=cost)
+    usual = chosen(shape, n_half, gpu)
+    others = sorted(tiles(*shape[1:], n_half, gpu[0]), key=cost)
+    return [usual, *(t for t in others if t != usual and cost(t) < 2 * cost(usual))]
 
 
 @cache
@@ -157,7 +186,7 @@ def product(
     (n_half, n_row, n_sum), n_col = a.shape, b.shape[2]
     if not out.numel():
         return
-    tile = chosen((n_row, n_sum, n_col), n_half, gpu_of(a.device))
+    tile = tile_of((n_row, n_sum, n_col), n_half, a.device)
     arrays = [a, b, out, *(powers or (None, None))]
     if tile.n_share > 1 and not tile.wide:
         parts = out.new_empty(tile.n_share, n_row, n_col, dtype=torch.float32)

@@ -7,6 +7,9 @@ The first of these that knows a kernel at a shape wins:
        registers into memory, fewest instructions first
     3. the heuristic of `md_plugin.kernels.triton_fused.tiles`
 
+So are tiles of products with V, whose heuristic is `md_plugin.kernels.triton_matmul.chosen`, and
+how many receivers make a block; of these nothing ships.
+
 Nothing is measured during a simulation. A file of 1 holds for one GPU, one version of torch and
 Triton and one source of the kernels, 2 for one source; others are not used, and of 1 that is
 logged, once. A shape is known by its class: n_nu and n_feat as the next powers of two.
@@ -36,7 +39,14 @@ Options = Mapping[str, int]
 NAMES = ("BLOCK_P", "BLOCK_NU", "BLOCK_F", "num_warps", "num_stages")
 LEAST = {"BLOCK_P": 16, "BLOCK_NU": 16, "BLOCK_F": 16, "num_warps": 1, "num_stages": 1}
 MOST = {"BLOCK_P": 64, "BLOCK_NU": 64, "BLOCK_F": 128, "num_warps": 8, "num_stages": 4}
-SOURCES = ("triton_layer.py", "triton_pairs.py")
+TILE = {"rows": (16, 256), "columns": (16, 256), "terms": (16, 256), "num_warps": (1, 8)}
+TILE |= {"num_stages": (1, 4), "n_share": (1, 64), "wide": (0, 1)}
+LAYER = {name: (LEAST[name], MOST[name]) for name in NAMES}
+# What is known of each kind, within bounds.
+KINDS = {"forward": LAYER, "backward": LAYER, "product": TILE, "block": {"receivers": (1, 1 << 24)}}
+POWERS = ("BLOCK_P", "BLOCK_NU", "BLOCK_F", "rows", "columns", "terms", "num_warps")
+SOURCES = ("triton_layer.py", "triton_pairs.py")  # of what ships
+MEASURED = (*SOURCES, "triton_matmul_kernels.py")
 SHIPPED = Path(__file__).parent.parent / "data" / "tuning.json"
 
 _trial: ContextVar[Options | None] = ContextVar("md_plugin_trial", default=None)
@@ -46,7 +56,7 @@ def key(kernel: str, shape: Sequence[int], dtype: torch.dtype) -> str:
     """Name of a kernel at a class of shapes.
 
     Args:
-        kernel: "forward" or "backward".
+        kernel: "forward" or "backward"; "block" for how many receivers make one.
         shape: (n_block, n_comp, n_nu, n_feat) of env.
         dtype: what env is as good as; see `triton_arrays.grade`.
     """
@@ -57,17 +67,21 @@ def key(kernel: str, shape: Sequence[int], dtype: torch.dtype) -> str:
 
 def chosen(kernel: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Options:
     """What is known of a kernel on a device; empty where the heuristic decides."""
+    return known(key(kernel, shape, dtype), device)
+
+
+def known(name: str, device: torch.device) -> Options:
+    """The same by name."""
     trial = _trial.get()
-    if trial is not None:
+    if trial is not None and set(trial) <= set(KINDS[name.split()[0]]):
         return trial
-    name = key(kernel, shape, dtype)
     measured = _measured(device, os.environ.get("XDG_CACHE_HOME")).get(name)
     return measured or next(iter(shipped(device).get(name, ())), {})
 
 
 @contextmanager
 def trying(options: Options) -> Iterator[None]:
-    """A block of code in which kernels are launched like this."""
+    """A block of code in which kernels of the kind that has these options are launched so."""
     token = _trial.set(options)
     try:
         yield
@@ -103,15 +117,15 @@ def identity(device: torch.device) -> dict[str, str]:
         "gpu": gpu,
         "torch": torch.__version__,
         "triton": version("triton"),
-        "kernels": checksum(),
+        "kernels": checksum(MEASURED),
     }
 
 
 @cache
-def checksum() -> str:
+def checksum(sources: tuple[str, ...] = SOURCES) -> str:
     """Of the source of the kernels."""
     folder = Path(__file__).parent
-    return hashlib.sha256(b"".join((folder / s).read_bytes() for s in SOURCES)).hexdigest()[:16]
+    return hashlib.sha256(b"".join((folder / s).read_bytes() for s in sources)).hexdigest()[:16]
 
 
 def file_of(device: torch.device) -> Path:
@@ -155,7 +169,7 @@ def _measured(device: torch.device, home: str | None) -> Mapping[str, Options]:
         table = content.get("options")
         if not isinstance(table, dict):
             raise ValueError("it has no options")
-        return {name: _checked(options) for name, options in table.items()}
+        return {name: _checked(options, name) for name, options in table.items()}
     except (OSError, ValueError) as error:
         logger.warning(
             "%s is not used: %s; `md-plugin tune` measures again (until then kernels are launched "
@@ -166,18 +180,22 @@ def _measured(device: torch.device, home: str | None) -> Mapping[str, Options]:
         return {}
 
 
-def _checked(options: Any) -> Options:
+def _checked(options: Any, name: str = "forward") -> Options:
     """The options themselves.
 
     Raises:
-        ValueError: they are not powers of two within bounds, one for each name.
+        ValueError: they are not numbers within bounds, one for each name, and powers of two where
+            these are needed.
     """
-    if not isinstance(options, dict) or set(options) != set(NAMES):
-        raise ValueError(f"options are {options!r}, not one number for each of {', '.join(NAMES)}")
-    for name, value in options.items():
-        power = isinstance(value, int) and value > 0 and value & (value - 1) == 0
-        if not (power or name == "num_stages") or not LEAST[name] <= value <= MOST[name]:
-            raise ValueError(f"{name} is {value!r}")
+    bounds = KINDS.get(name.split()[0], LAYER)
+    if not isinstance(options, dict) or set(options) != set(bounds):
+        raise ValueError(f"options are {options!r}, not one number for each of {', '.join(bounds)}")
+    for option, value in options.items():
+        least, most = bounds[option]
+        if not (isinstance(value, int) and least <= value <= most):
+            raise ValueError(f"{option} is {value!r}")
+        if option in POWERS and value & (value - 1):
+            raise ValueError(f"{option} is {value!r}")
     return options
 
 

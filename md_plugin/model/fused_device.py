@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import triton_arrays, triton_fused, triton_halves, triton_matmul
+from md_plugin.kernels import triton_arrays, triton_fused, triton_halves, triton_matmul, tuning
 from md_plugin.kernels.triton_parts import fixed_order
 from md_plugin.model.fused_check import mirror_check, self_check
 from md_plugin.model.fused_sums import Sums, gaussian_weight
@@ -131,14 +131,27 @@ class DeviceSums:
         self.weight = weight.reshape(-1, n_hidden).contiguous()
         self.transposed = self.weight.T.contiguous()
         self.shape = (N_COMPONENTS[interaction.order], n_hidden)
-        self.block = self._block(weight.element_size())
+        self.n_byte = weight.element_size()  # of a number of env
 
-    def _block(self, n_byte: int) -> int:
-        """Receivers at once, n_byte for each number of env: whole turns of the GPU, if any."""
-        most = BLOCK_BYTES // (self.shape[0] * len(self.weight) * n_byte)
-        n_tile = triton_matmul.gpu_of(self.weight.device)[1]
-        turn = 128 * n_tile // self.shape[0] // 16 * 16  # of tiles of 128 rows, in multiples of 16
+    @property
+    def block(self) -> int:
+        """Receivers at once: as many as was measured best, else whole turns of the GPU, if any."""
+        device = self.weight.device
+        return tuning.known(self.block_key, device).get("receivers") or self.receivers(BLOCK_BYTES)
+
+    def receivers(self, n_byte: int) -> int:
+        """As many as fit: whole turns of the GPU with tiles of 128 rows, if any; multiples of 16,
+        which are all the same to Triton's compiler.
+        """
+        most = n_byte // (self.shape[0] * len(self.weight) * self.n_byte)
+        turn = 128 * triton_matmul.gpu_of(self.weight.device)[1] // self.shape[0] // 16 * 16
         return most // turn * turn or most // 16 * 16
+
+    @property
+    def block_key(self) -> str:
+        """Its name in `tuning`."""
+        grade = {2: torch.float16, 4: torch.float32, 8: torch.float64}[self.n_byte]
+        return tuning.key("block", (1, self.shape[0], self.n_nu, self.n_in), grade)
 
     def source(self, z: Tensor, n_thread: int) -> Any:
         """See `fused_sums.Sums`."""
@@ -220,7 +233,7 @@ class HalfSums(DeviceSums):
         triton_halves.split(weight, self.halves, self.of_weight)
         self.turned = self.halves.mT.contiguous()
         self.counters = triton_matmul.counters(weight.device)
-        self.block = self._block(2 * n_half)
+        self.n_byte = 2 * n_half
 
     def source(self, z: Tensor, n_thread: int) -> Any:
         """See `fused_sums.Sums`: features, their halves and power; none of one-hot features."""

@@ -37,13 +37,16 @@ class Sums(Protocol):
 
     Attributes:
         shape: (C, n_hidden) of m.
-        block: atoms to do at once, at most.
         weight: V, in whatever shape.
     """
 
     shape: tuple[int, int]
-    block: int
     weight: Tensor
+
+    @property
+    def block(self) -> int:
+        """Atoms to do at once, at most."""
+        ...
 
     def source(self, z: Tensor, n_thread: int) -> Any:
         """What the sums read of each sender, from its features (n_send, n_in)."""

@@ -1,9 +1,10 @@
 """Measures how fused kernels are best launched for the layers of a network, on this GPU.
 
-Each layer's kernels, forward and backward, run on a crystal with about 60 pairs per atom, with each
-of the candidates of `md_plugin.kernels.tuning` in turn. A candidate whose result is not that of the
-usual options, which were compared with float64 when the layers were made, or which does not
-compile, is discarded and named. The fastest of the others is what later runs take.
+The sums of each layer run on a crystal with about 60 pairs per atom, with blocks of several sizes;
+then its kernels, forward and backward, on a smaller crystal, and its products with V, with each of
+the candidates of `md_plugin.kernels.tuning` and `triton_matmul` in turn. A candidate whose result
+is not that of the usual options, which were compared with float64 when the layers were made, or
+which does not compile, is discarded and named. The fastest of the others is what later runs take.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import triton_fused, tuning
+from md_plugin.kernels import triton_fused, triton_matmul, tuning
 from md_plugin.kernels.triton_arrays import grade, halves
-from md_plugin.model.fusion import FusedHipnn
+from md_plugin.model.fused_device import HalfSums
+from md_plugin.model.fusion import LEAST_BLOCK, FusedHipnn
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.neighbours import NeighbourList
 from md_plugin.pairs import Geometry
 
 Clock = Callable[[Callable[[], object]], float]
 SPACING = 0.412  # of the cubic lattice, in cutoffs: 60 pairs within one
+BLOCK_SIZES = tuple(n << 20 for n in (8, 16, 32, 64, 128, 256))  # bytes of env
 
 
 @dataclass
@@ -75,21 +79,23 @@ def tune(
     """
     result = Tuning()
     for network in networks:
-        for name, default, launch in _launches(network, per_side, fast):
+        step = FusedHipnn(network, "triton", fast)
+        blocks, layers = _blocks(step, 2 * per_side + 2), _launches(step, per_side)
+        for name, candidates, launch in chain(blocks, layers, _products(step, result)):
             if name not in result.options:
-                _fastest(result, name, default, launch, clock)
+                _fastest(result, name, candidates, launch, clock)
     return result
 
 
 Launch = Callable[[], tuple[Tensor, ...]]
+Launches = Iterator[tuple[str, Sequence[tuning.Options], Launch]]
 
 
 def _fastest(
-    result: Tuning, name: str, default: tuning.Options, launch: Launch, clock: Clock
+    result: Tuning, name: str, candidates: Sequence[tuning.Options], launch: Launch, clock: Clock
 ) -> None:
-    """Add a kernel's fastest options to the result."""
-    device = launch()[0].device
-    usual, *others = tuning.candidates(name, default, device)
+    """Add a kernel's fastest options to the result; the first of the candidates are the usual."""
+    usual, *others = candidates
     with tuning.trying(usual):
         expected = launch()
         first = clock(launch)
@@ -121,13 +127,67 @@ def _fault(launch: Launch, expected: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def _launches(
-    network: Hipnn, per_side: int, fast: bool
-) -> Iterator[tuple[str, tuning.Options, Launch]]:
-    """Key, usual options, and a call, of the kernels of each layer."""
-    step = FusedHipnn(network, "triton", fast)
+def _blocks(step: FusedHipnn, per_side: int) -> Launches:
+    """Key, numbers of receivers, and a call, of all blocks of each layer."""
     where = _crystal(step, per_side)
-    n_recv, device, real = len(where.row_ptr) - 1, where.x.device, network.encoder.dtype
+    like = step.model.encoder
+    generator = torch.Generator(like.device).manual_seed(0)
+    normal = partial(torch.randn, generator=generator, device=like.device, dtype=like.dtype)
+    for layer in step.layers:
+        sums: Any = layer.sums
+        z, g = normal(len(where.x), sums.n_in), normal(len(where.x), *sums.shape)
+        sizes = dict.fromkeys([layer.block, *map(sums.receivers, BLOCK_SIZES)])
+        candidates = [{"receivers": n} for n in sizes if LEAST_BLOCK <= n <= layer.max_block]
+        if layer.block <= len(where.x):
+            yield sums.block_key, candidates, partial(_all_blocks, step, sums, where, z, g)
+
+
+def _all_blocks(
+    step: FusedHipnn, sums: Any, where: Any, z: Tensor, g: Tensor
+) -> tuple[Tensor, ...]:
+    """m of all receivers, and what g = dE/dm gives."""
+    source, m = sums.source(z, 1), torch.full_like(g, torch.nan)
+    found = step.engine.gradients(where, z.dtype, 1, "")
+    sink = sums.sink(found)
+    for start in range(0, len(g), sums.block):
+        rows = slice(start, min(start + sums.block, len(g)))
+        sums.mix(where, source, start, m[rows])
+        sums.gradient(where, source, g[rows], sink, start)
+    results: tuple[Tensor, ...] = m, found.forces, sums.sent(sink)
+    results = results[: 2 if sums.is_first else 3]
+    if sums.n_byte == 2:  # where dE/denv is rounded to depends on the last bits of products
+        results += (m.new_zeros(1, dtype=torch.float16),)
+    return results
+
+
+def _products(step: FusedHipnn, result: Tuning) -> Launches:
+    """Key, tiles, and a call, of the products of a block of each layer in float32."""
+    for layer in step.layers:
+        sums: Any = layer.sums
+        if isinstance(sums, HalfSums):
+            best = result.options.get(sums.block_key, {"receivers": layer.block})
+            n_row = best["receivers"] * sums.shape[0]
+            for b, grade in ((sums.halves, torch.float32), (sums.turned, torch.float16)):
+                shape = (n_row, *b.shape[1:])
+                a = halves(torch.rand(shape[:2], device=b.device) - 0.5, len(b))
+                out = b.new_empty(n_row, shape[2], dtype=grade)
+                out = out if grade == torch.float32 else out.expand(len(b), -1, -1).contiguous()
+                tiles = triton_matmul.candidates(shape, len(b), b.device)
+                candidates = [tile._asdict() | {"wide": int(tile.wide)} for tile in tiles]
+                call = partial(_product, a, b, out, sums.counters)
+                yield triton_matmul.key(shape, len(b)), candidates, call
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, counters: Tensor) -> tuple[Tensor, ...]:
+    out.fill_(torch.nan)  # what nobody writes shows
+    triton_matmul.product(a, b, out, counters)
+    return (out.float().sum(dim=0) if len(out) == 2 and out.ndim == 3 else out.clone(),)
+
+
+def _launches(step: FusedHipnn, per_side: int) -> Launches:
+    """Key, options, and a call, of the kernels of each layer."""
+    where = _crystal(step, per_side)
+    n_recv, device, real = len(where.row_ptr) - 1, where.x.device, step.model.encoder.dtype
     generator = torch.Generator(device).manual_seed(0)
     for layer in step.layers:
         sums: Any = layer.sums
@@ -137,8 +197,7 @@ def _launches(
         z, ge = torch.randn(n_recv, sums.n_in, **like), torch.randn(shape, **like)
         scale = None
         if real != torch.float64:
-            n_half = 1 if fast and not sums.is_first else 2
-            z, ge = halves(z, n_half), halves(ge, n_half)
+            z, ge = halves(z, sums.n_half), halves(ge, sums.n_half)
             scale = torch.ones(2, n_block, device=device)
         source = None if sums.is_first else z
         env = torch.empty_like(ge)
@@ -148,7 +207,8 @@ def _launches(
         }
         for kernel, call in calls.items():
             default = triton_fused.options(sums.radial, env, back=kernel == "backward")
-            yield tuning.key(kernel, shape, grade(env)), default, call
+            name = tuning.key(kernel, shape, grade(env))
+            yield name, tuning.candidates(name, default, device), call
 
 
 def _forward(where: Any, radial: Any, z: Tensor | None, env: Tensor) -> tuple[Tensor, ...]:
