@@ -101,6 +101,8 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--quick", action="store_true", help="tiny sizes: does everything work?")
     bench.add_argument("--list", action="store_true", help="name the cases and end")
     bench.add_argument("--device", default="cuda", help="of the case gpu: cuda (default), cuda:1")
+    bench.add_argument("--only", default="", help="of the case gpu, some parts: A,C,loop")
+    bench.add_argument("--limit", type=float, default=300.0, help="of the case gpu: s, per part")
     bench.set_defaults(command=_bench)
 
     scaling = commands.add_parser("scaling", help="fit and predict from what bench ranks measured")
@@ -220,7 +222,8 @@ def _bench_gpu(args: argparse.Namespace) -> None:
     options = device_options(
         args.device, rounds=args.rounds, quick=args.quick, kept=keep_freed_memory()
     )
-    run_device_bench(options, args.output)
+    only = tuple(filter(None, args.only.split(",")))
+    run_device_bench(options, args.output, only, args.limit)
 
 
 def _scaling(args: argparse.Namespace) -> None:

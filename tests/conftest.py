@@ -1,12 +1,15 @@
 """Set before anything imports torch, numba or triton.
 
 One thread: the systems are tiny, and on a busy machine a second thread waits longer than it helps.
-Without a GPU triton's kernels are interpreted, not skipped.
+Without a GPU triton's kernels are interpreted, not skipped. With one, cuBLAS is told to give the
+same result every time, without which torch refuses products where that is asked for.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from kernel_cases import absence
 
-from md_plugin.bench import cases, core, gpu, gpu_cases, gpu_ceilings
+from md_plugin.bench import cases, core, gpu, gpu_cases, gpu_ceilings, process
 from md_plugin.bench import gpu_contest as contest
 from md_plugin.bench import gpu_systems as systems
 from md_plugin.bench.core import FLOAT32, HIPPYNN, OURS, Options, Row
@@ -314,7 +315,7 @@ def scripted(monkeypatch, said):
     """Cases say this instead of running; the folder's files are looked at before each of them."""
     seen = []
 
-    def run_case(case, options, heard, module):
+    def run_case(case, options, heard, module, limit):
         file = options_folder[0] / "bench.json"
         seen.append(json.loads(file.read_text()) if file.exists() else None)
         for message in said[case]:
@@ -349,6 +350,7 @@ def test_files_are_written_after_each_case(monkeypatch, tmp_path, capsys):
     written = json.loads((folder[0] / "bench.json").read_text())
     assert [r["case"] for r in written["rows"]] == ["A", "loop"]
     assert written["rows"][0]["of_floor"] == pytest.approx(1000 * 1e6 / 1e14 / 2e-3)
+    assert written["seconds"].keys() == {"ceilings", "A", "loop"}
     assert {"triton", "torch", "hippynn"} <= set(written["certificate"]["versions"])
     assert (folder[0] / "bench.png").stat().st_size > 0
     page = (folder[0] / "bench.md").read_text()
@@ -356,6 +358,36 @@ def test_files_are_written_after_each_case(monkeypatch, tmp_path, capsys):
     assert f"| {cells} |" in page
     assert "a card" in page and "failed: a / b, steps: 7" in page
     assert "it broke" in capsys.readouterr().out
+
+
+def test_rows_are_on_the_disk_before_their_case_ends(monkeypatch, tmp_path):
+    row = asdict(Row("A", "A: work", "ours", OURS, "ok", 1e-6, 2e-3, 1e-3, 3e-3))
+
+    def run_case(case, options, heard, module, limit):
+        assert limit == 7.0
+        for _ in range(2 * (case == "A")):
+            heard({"row": row})
+            written.append(len(json.loads((tmp_path / "bench.json").read_text())["rows"]))
+
+    written = []
+    monkeypatch.setattr(gpu, "run_case", run_case)
+    gpu.run_device_bench(TINY, tmp_path, ("A", "C"), limit=7.0)
+    assert written == [1, 2]
+
+
+def test_a_case_that_takes_too_long_is_ended():
+    """Its own processes as well; what it has said is heard."""
+    code = (
+        "import subprocess, sys, time; print('{\"row\": 1}', flush=True);"
+        "subprocess.Popen(['sleep', '60'], stdout=2); time.sleep(60)"
+    )
+    heard, start = [], time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        started = process.started
+        patch.setattr(process, "started", lambda _, o: started([sys.executable, "-c", code], o))
+        with pytest.raises(CaseError, match=r"case A, threads 1: ended after 1\.5 s, its limit"):
+            process.run_case("A", TINY, heard.append, limit=1.5)
+    assert heard == [{"row": 1}] and time.monotonic() - start < 20
 
 
 def test_what_it_refuses(monkeypatch, capsys):
@@ -374,6 +406,8 @@ def test_what_it_refuses(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["bench", "gpu", "--rounds", "0"]) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
+    assert main(["bench", "gpu", "--only", "A,D"]) == 2
+    assert "has no case D; it has A, A2, B, C, loop, memory" in capsys.readouterr().err
     assert any(line.startswith("gpu ") for line in cases.list_cases())
 
 

@@ -2,10 +2,11 @@
 
 One command measures everything, and needs torch, triton, numpy, numba and safetensors only; where
 hippynn is absent its rows say so, and where matplotlib is, there is no plot. Ceilings of the card
-come first, then each case of `gpu_cases` in a process of its own: a case that ends early
-leaves the others. Files are written after each case:
+come first, then each case of `gpu_cases` in a process of its own: a case that ends early, or takes
+longer than its limit, leaves the others. Files are written after each row, the plot after each
+case; `seconds` says how long the cases took:
 
-    bench.json      {"certificate": {...}, "card": {...}, "ceilings": {...}, "rows": [...]}
+    bench.json      {"certificate", "card", "ceilings", "seconds": {case: ...}, "rows": [...]}
     bench.md        ceilings and rows as tables
     bench.png       ratios to hippynn, or microseconds per atom
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +40,7 @@ COLUMNS = (
 )
 REMARKS = ("searches of the list", "steps", "did not fit", "not tried")
 MODULE = "md_plugin.bench.gpu_cases"
+LIMIT = 300.0  # s, of a case
 
 
 def device_options(device: str, *, rounds: int | None, quick: bool, kept: bool) -> Options:
@@ -64,23 +67,31 @@ def device_options(device: str, *, rounds: int | None, quick: bool, kept: bool) 
 
 
 def run_device_bench(
-    options: Options, output: Path | None = None, cases: tuple[str, ...] = ()
+    options: Options,
+    output: Path | None = None,
+    cases: tuple[str, ...] = (),
+    limit: float = LIMIT,
 ) -> list[Row]:
-    """Measure, print tables, and write files after each case where a folder is given.
+    """Measure, print tables, and write files after each row where a folder is given.
 
     Args:
         options: of `device_options`.
         output: folder of `bench.json`, `bench.md` and `bench.png`.
-        cases: some of `CASES`; none: all, `memory` not with `quick`.
+        cases: some of `CASES`, in this order; none: all, `memory` not with `quick`.
+        limit: seconds after which a case is ended.
 
     Raises:
+        ValueError: there is no such case.
         CaseError: processes failed; after everything else was measured, printed and written.
     """
+    if unknown := [name for name in cases if name not in CASES]:
+        raise ValueError(f"bench gpu has no case {', '.join(unknown)}; it has {', '.join(CASES)}")
     names = cases or tuple(name for name in CASES if not (name == "memory" and options.quick))
     document: dict[str, Any] = {
         "certificate": certificate(options, names),
         "card": {},
         CEILINGS: {},
+        "seconds": {},
     }
     rows: list[Row] = []
     failures: list[str] = []
@@ -90,18 +101,25 @@ def run_device_bench(
     for name in (CEILINGS, *names):
         found: list[Row] = []
 
-        def heard(message: dict[str, Any], found: list[Row] = found) -> None:
+        def heard(
+            message: dict[str, Any], found: list[Row] = found, before: list[Row] = rows[:]
+        ) -> None:
             document.update({k: message[k] for k in (CEILINGS, "card") if k in message})
             if "row" in message:
                 found.append(Row(**message["row"]))
+            if output is not None:  # each time: this process may be cut off at any
+                write(output, document, before + found, plotted=False)
 
+        start = time.monotonic()
         try:
-            run_case(name, options, heard, MODULE)
+            run_case(name, options, heard, MODULE, limit)
         except CaseError as problem:
             failures.append(str(problem))
             _say(f"failed: {problem}\n")
+        document["seconds"][name] = round(time.monotonic() - start, 1)
         rows += found
         _say(ceilings_table(document) if name == CEILINGS else table(found, document[CEILINGS]))
+        _say(f"{name}: {document['seconds'][name]:.0f} s\n")
         if output is not None:
             written = write(output, document, rows)
     if output is not None:
@@ -180,8 +198,10 @@ def ceilings_table(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, document: dict[str, Any], rows: list[Row]) -> list[Path]:
-    """bench.json, bench.md and, where matplotlib is, bench.png; returns the paths."""
+def write(
+    folder: Path, document: dict[str, Any], rows: list[Row], plotted: bool = True
+) -> list[Path]:
+    """bench.json, bench.md and, where wanted and matplotlib is, bench.png; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     known = document[CEILINGS]
     full = [asdict(row) | {"of_floor": of_floor(row, known)} for row in rows]
@@ -189,7 +209,7 @@ def write(folder: Path, document: dict[str, Any], rows: list[Row]) -> list[Path]
     _replace(paths[0], json.dumps(document | {"rows": full}, indent=1) + "\n")
     _replace(paths[1], ceilings_table(document) + "\n" + table(rows, known))
     shown = [row for row in rows if row.seconds is not None]
-    if shown and find_spec("matplotlib"):
+    if plotted and shown and find_spec("matplotlib"):
         paths.append(folder / "bench.png")
         card = {"model": document["card"].get("name", document["certificate"]["device"])}
         report.plot(shown, paths[2], document["certificate"] | {"cpu": card})

@@ -39,6 +39,7 @@ def run_case(
     options: Options,
     heard: Callable[[dict[str, Any]], None],
     module: str = "md_plugin.bench.cases",
+    limit: float | None = None,
 ) -> None:
     """Run one case in a new process to its end.
 
@@ -47,21 +48,46 @@ def run_case(
         options: of the process.
         heard: is given each message as it comes; see `cases`.
         module: runs the case, and ends in `speak`.
+        limit: seconds after which it is ended; None: never.
 
     Raises:
-        CaseError: the process failed; its standard error was shown as it came.
+        CaseError: the process failed, its standard error was shown as it came; or took too long.
     """
     task = json.dumps({"case": case, "options": asdict(options)})
     failure = ""
     with started([sys.executable, "-m", module, task], options) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            message = json.loads(line)
-            failure = message.get("failed", failure)
-            heard(message)
-        code = process.wait()
+        late = threading.Event()
+        with ended_after(limit, process, late):
+            for line in process.stdout:
+                message = json.loads(line)
+                failure = message.get("failed", failure)
+                heard(message)
+            code = process.wait()
+    if late.is_set():
+        failure = f"ended after {limit:g} s, its limit"
     if code != 0:
         raise CaseError(f"case {case}, threads {options.threads}: {failure or verdict(code)}")
+
+
+@contextmanager
+def ended_after(
+    limit: float | None, process: subprocess.Popen[str], late: threading.Event
+) -> Iterator[None]:
+    """A block of code during which the process is killed, and `late` set, after so many seconds."""
+
+    def kill() -> None:
+        late.set()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit or 0.0, kill)
+    if limit is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def speak(said: Iterator[dict[str, Any]]) -> int:
