@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,26 +100,15 @@ def run_device_bench(
     if missing:
         _say(f"hippynn is {missing}\n")
     for name in (CEILINGS, *names):
-        found: list[Row] = []
-
-        def heard(
-            message: dict[str, Any], found: list[Row] = found, before: list[Row] = rows[:]
-        ) -> None:
-            document.update({k: message[k] for k in (CEILINGS, "card") if k in message})
-            if "row" in message:
-                found.append(Row(**message["row"]))
-            if output is not None:  # each time: this process may be cut off at any
-                write(output, document, before + found, plotted=False)
-
-        start = time.monotonic()
+        before, start = len(rows), time.monotonic()
         try:
-            run_case(name, options, heard, MODULE, limit)
+            run_case(name, options, partial(_hear, document, rows, output), MODULE, limit)
         except CaseError as problem:
             failures.append(str(problem))
             _say(f"failed: {problem}\n")
         document["seconds"][name] = round(time.monotonic() - start, 1)
-        rows += found
-        _say(ceilings_table(document) if name == CEILINGS else table(found, document[CEILINGS]))
+        known = document[CEILINGS]
+        _say(ceilings_table(document) if name == CEILINGS else table(rows[before:], known))
         _say(f"{name}: {document['seconds'][name]:.0f} s\n")
         if output is not None:
             written = write(output, document, rows)
@@ -127,6 +117,17 @@ def run_device_bench(
     if failures:
         raise CaseError("; ".join(failures))
     return rows
+
+
+def _hear(
+    document: dict[str, Any], rows: list[Row], output: Path | None, message: dict[str, Any]
+) -> None:
+    """What a case says goes to the disk at once: this process may be cut off at any time."""
+    document.update({k: message[k] for k in (CEILINGS, "card") if k in message})
+    if "row" in message:
+        rows.append(Row(**message["row"]))
+    if output is not None:
+        write(output, document, rows, plotted=False)
 
 
 def _say(text: str) -> None:
