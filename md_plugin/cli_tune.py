@@ -31,17 +31,18 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def run_tune(networks: Any, device: Any, **settings: Any) -> None:
-    """Tune, save, and say what was found; settings are those of `tuner.tune`."""
+    """Tune, and say and save what was found, kernel by kernel; settings are those of `tune`."""
     from md_plugin.kernels import tuning
     from md_plugin.model.tuner import tune
 
-    found = tune(networks, **settings)
-    path = tuning.save(found.options, device)
-    for name, options in found.options.items():
+    def told(name: str, found: Any) -> None:
+        tuning.save({name: found.options[name]}, device)  # at once: this may be cut off
         usual, least = found.seconds[name]
-        chosen = ", ".join(f"{k} {v}" for k, v in options.items())
+        chosen = ", ".join(f"{k} {v}" for k, v in found.options[name].items())
         say(f"{name}: {usual * 1e6:.0f} -> {least * 1e6:.0f} us with {chosen}")
+
+    found = tune(networks, told=told, **settings)
     for name, options, reason in found.discarded:
         chosen = ", ".join(f"{k} {v}" for k, v in options.items())
         say(f"discarded for {name}: {chosen}: {reason}")
-    say(f"wrote {path}; models with layers of these shapes use it from now on")
+    say(f"wrote {tuning.file_of(device)}; models with layers of these shapes use it from now on")

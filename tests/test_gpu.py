@@ -19,7 +19,7 @@ from lammps_interface.exchange import LammpsHalo
 from md_plugin.device_neighbours import DeviceList, search_cells
 from md_plugin.devices import Staging
 from md_plugin.halo import IndexHalo
-from md_plugin.kernels import get_backend
+from md_plugin.kernels import get_backend, triton_halves
 from md_plugin.kernels.registry import self_check
 from md_plugin.model.graphs import CudaRecorder
 from md_plugin.neighbours import Structure, complete_cell
@@ -250,12 +250,13 @@ def test_a_fixed_order_gives_the_same_bits():
     close(found[0], expected.forces, TOLERANCE["mixed"])
 
 
-def test_fast_takes_exact_powers_of_two():
-    from md_plugin.model.fused_device import _power
-
-    x = torch.exp2(torch.arange(-60.0, 60.0, 0.37, device=CUDA))
-    assert torch.equal(_power(x).cpu(), torch.exp2(x.cpu().log2().floor() + 1))
-    assert float(_power(x.new_zeros(()))) == 1.0
+@pytest.mark.parametrize("exponent", [-60.0, -0.4, 0.0, 3.7, 60.0])
+def test_halves_and_their_power_of_two(exponent):
+    x = 2.0**exponent * torch.linspace(-1.0, 1.0, 4001, device=CUDA)
+    halves, power = x.new_empty(2, *x.shape, dtype=torch.float16), x.new_empty(())
+    triton_halves.split(x, halves, power)
+    assert float(power) == 2.0 ** (np.floor(exponent) + 1)
+    close(float(power) * halves.double().sum(dim=0), x, 2.0**-21)
 
 
 def test_molecular_dynamics_with_graphs_and_without():

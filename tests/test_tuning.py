@@ -186,6 +186,30 @@ def test_the_fastest_that_is_right_wins(order, kinds, monkeypatch, capsys):
 
 
 @interpreted
+def test_what_was_found_is_kept_where_the_rest_is_cut_off(monkeypatch, capsys):
+    """Kernel by kernel; one that cannot be launched at all is named, and others are measured."""
+    from md_plugin.kernels import triton_fused
+    from md_plugin.model import tuner
+
+    model = make_model(backend="triton", n_interactions=1).double()
+    step, kept = FusedHipnn(model, "triton"), []
+    TapeRecorder(monkeypatch)
+
+    def forward(*args):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(triton_fused, "forward", forward)
+    monkeypatch.setattr(tuner, "FusedHipnn", lambda *args: step)
+    monkeypatch.setattr(triton_fused, "tiles", lambda *args: USUAL | {"ALIGN": 1})
+    save = tuning.save
+    monkeypatch.setattr(tuning, "save", lambda *args: kept.append(save(*args).read_text()))
+    cli_tune.run_tune([model], CPU, clock=FakeClock(), per_side=2)
+    said = capsys.readouterr().out
+    assert "discarded for forward" in said and "no kernel image is available" in said
+    assert len(kept) == 1 and "backward 1 8" in kept[0] and "forward" not in kept[0]
+
+
+@interpreted
 def test_the_fastest_blocks_are_kept(monkeypatch, capsys):
     """Of sizes about the usual one; what is wrong is left out; later networks take them."""
     from md_plugin.kernels import triton_fused

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from md_plugin.device_neighbours import DeviceList
 from md_plugin.kernels import triton_fused, triton_matmul, tuning
 from md_plugin.kernels.triton_arrays import grade, halves
 from md_plugin.model.fused_device import HalfSums
 from md_plugin.model.fusion import LEAST_BLOCK, FusedHipnn
 from md_plugin.model.hipnn import Hipnn
-from md_plugin.neighbours import NeighbourList
-from md_plugin.pairs import Geometry
 
 Clock = Callable[[Callable[[], object]], float]
 SPACING = 0.412  # of the cubic lattice, in cutoffs: 60 pairs within one
@@ -68,6 +67,7 @@ def tune(
     clock: Clock = cuda_seconds,
     per_side: int = 16,
     fast: bool = False,
+    told: Callable[[str, Tuning], None] = lambda name, found: None,
 ) -> Tuning:
     """Find the fastest options for the layers of some networks, where they are.
 
@@ -76,6 +76,7 @@ def tune(
         clock: seconds of a call.
         per_side: atoms along each side of the crystal.
         fast: products of sums in float16, as in dtype="fast".
+        told: is given each name once its options are found, with all that has been found.
     """
     result = Tuning()
     for network in networks:
@@ -84,6 +85,8 @@ def tune(
         for name, candidates, launch in chain(blocks, layers, _products(step, result)):
             if name not in result.options:
                 _fastest(result, name, candidates, launch, clock)
+                if name in result.options:
+                    told(name, result)
     return result
 
 
@@ -97,8 +100,12 @@ def _fastest(
     """Add a kernel's fastest options to the result; the first of the candidates are the usual."""
     usual, *others = candidates
     with tuning.trying(usual):
-        expected = launch()
-        first = clock(launch)
+        try:
+            expected = launch()
+            first = clock(launch)
+        except Exception as error:  # as below: other kernels are still measured
+            result.discarded.append((name, usual, _in_words(error)))
+            return
     best, least = usual, first
     for options in others:
         with tuning.trying(options):
@@ -112,12 +119,16 @@ def _fastest(
     result.options[name], result.seconds[name] = best, (first, least)
 
 
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _fault(launch: Launch, expected: tuple[Tensor, ...]) -> str:
     """Why a launch is of no use; "" where it is."""
     try:
         found = launch()
     except Exception as error:  # of Triton's many: what does not compile is a reason, told
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return _in_words(error)
     eps = max(torch.finfo(array.dtype).eps for array in found)
     for a, b in zip(found, expected, strict=True):
         scale = float(b.abs().max())
@@ -235,9 +246,9 @@ def _crystal(step: FusedHipnn, per_side: int) -> Any:
     rng = np.random.default_rng(0)
     sites = np.stack(np.meshgrid(*[np.arange(per_side)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
     x = spacing * (sites + rng.uniform(-0.1, 0.1, sites.shape))
-    neighbours = NeighbourList(model.rcut, 0.0)
+    neighbours = DeviceList(model.rcut, 0.0, device)
     cell = per_side * spacing * np.eye(3)
     neighbours.update(x, cell, np.ones(3, dtype=bool))
-    geometry: Geometry = neighbours.geometry(x, cell).to(device)
+    geometry = neighbours.geometry(x, cell)
     kinds = torch.arange(len(x), device=device, dtype=torch.int32) % len(model.species)
     return step.engine.where(kinds, geometry)
