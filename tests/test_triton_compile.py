@@ -144,6 +144,47 @@ mirror("fp32", 80, 9, 32)
 """
 
 
+HALVES = """
+import json, torch
+from triton_assembly import assembly, findings
+from md_plugin.kernels import triton_halves, triton_matmul
+
+def report(name, kernel, capability, constants, sizes, half, **more):
+    launch = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+    found = findings(assembly(kernel, "fp32", capability, constants, sizes, launch, half))
+    print(json.dumps({"kernel": name, "capability": capability, **more} | found))
+
+def product(capability, tile, n_half, back=False):
+    n_sum, n_col, out = (128, 2560, torch.float16) if back else (2560, 128, torch.float32)
+    split, half = tile.n_share > 1 and not tile.wide, ("a", "b", "out") if back else ("a", "b")
+    kernel = triton_matmul.wide_kernel if tile.wide else triton_matmul.product_kernel
+    constants = triton_matmul.options(tile, n_sum, n_col, n_half, out)
+    absent = [] if split else ["parts", "arrived"]
+    absent += ["first", "second"] if back else []
+    constants |= {name: None for name in absent if name in kernel.arg_names}
+    sizes = {"n_row": 1535, "n_sum": n_sum, "n_col": n_col, "n_step": 3}
+    report(f"product {n_half} {tile}", kernel, capability, constants, sizes, half, split=split)
+
+for capability in (80, 90):
+    for n_half in (1, 2):
+        first, *others = triton_matmul.tiles(2560, 128, n_half, capability == 90)
+        shared = [tile for tile in (first, *others) if tile.n_share == 4]
+        for tile in shared if n_half == 2 else (first,):
+            product(capability, tile, n_half)
+        narrow, *others = triton_matmul.tiles(128, 2560, n_half, capability == 90)
+        product(capability, next(tile for tile in others if tile.wide), n_half, back=True)
+    product(capability, narrow, 2, back=True)
+    n = {"n": 6400001}
+    block = {"BLOCK": triton_halves.BLOCK, "ALIGN": 16}
+    report("largest", triton_halves.largest_kernel, capability, {**block}, n, ())
+    block |= {"N_HALF": 2, "PARTS": triton_halves.PARTS}
+    report("split", triton_halves.split_kernel, capability, block, n | {"n_part": 512}, ("halves",))
+    rows = {"N_HALF": 2, "BLOCK_R": 4, "BLOCK_C": 512}
+    sizes = {"n_row": 1001, "size": 512}
+    report("rows", triton_halves.split_rows_kernel, capability, rows, sizes, ("halves",))
+"""
+
+
 def run_python(code, tmp_path):
     """A fresh interpreter without TRITON_INTERPRET and with an empty Triton cache."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -245,6 +286,27 @@ def test_fused_layers_compile_for_a100_and_h100(tmp_path):
         assert row["add"] >= least and (least or row["add"] == 0), row
         if least == 7 and row["real"] != "fp64" and capability == 90:
             assert row["wide_add"] > 0, row
+
+
+@compiles
+def test_halves_compile_for_a100_and_h100(tmp_path):
+    """Matrix instructions, warp groups on H100, three stages of 16-byte copies, no spills."""
+    rows = [json.loads(line) for line in run_python(HALVES, tmp_path).splitlines()]
+    assert len(rows) == 2 * (2 + 4 + 1 + 3) - 1  # 64 x 128 with warp groups only
+    for row in rows:
+        assert row["STACK"] == 0 and row["spill"] == 0, row
+        assert row["wide_load"] > 0, row
+        if "split" not in row:
+            assert row["matrix"] == 0 and row["REG"] <= 64, row
+            assert row["wide_load"] >= row["load"] - 2, row  # but two powers
+            continue
+        assert row["matrix"] > 0, row
+        assert (row["warp_group"] > 0) == (row["capability"] == 90), row
+        assert row["load"] - row["wide_load"] <= 2, row
+        # One program of 256 threads, or two of 128, have 255 registers per thread.
+        assert row["REG"] <= 255, row
+        # Only a split sum counts who has arrived.
+        assert row["add"] == (1 if row["split"] else 0), row
 
 
 def test_cpu_tensors_without_the_interpreter(tmp_path):
