@@ -126,6 +126,17 @@ def test_memory_of_a_step(name, monkeypatch):
     assert 0.5 * kept < per_atom <= kept, f"{per_atom:.2f} kB per atom"
 
 
+@pytest.mark.parametrize("name", BUDGET)
+def test_blocks_fill_the_gpu(name):
+    """Each of 132 multiprocessors has as many tiles of 128 rows of the product with V as any."""
+    changes, *_ = BUDGET[name]
+    config = HipnnConfig(n_interactions=int(name.split()[1]), **changes)
+    for layer in FusedHipnn(Hipnn(config, backend="triton"), "triton").layers:
+        n_comp, of_env = layer.sums.shape[0], 4 * len(layer.sums.weight)
+        assert -(-layer.sums.block * n_comp // 128) % 132 == 0
+        assert 90e6 < layer.sums.block * n_comp * of_env <= 180e6
+
+
 def peak(call):
     """Bytes that torch holds at most during a call, beyond what it held before."""
     call()  # what is made once is there

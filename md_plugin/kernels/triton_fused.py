@@ -9,8 +9,8 @@
 
 t_c are the 1, 4, 9 or 16 components of `model.radial`: env comes before the weights in every order,
 so that what a pair gathers is one row of features. Receivers come in blocks, begin .. begin +
-n_block - 1, so that env of a block stays in the second-level cache. Nothing here makes the host
-wait for the device. Kernels: `triton_layer`, `triton_mirror`.
+n_block - 1, so that env of all need not be held. Nothing here makes the host wait for the device.
+Kernels: `triton_layer`, `triton_mirror`.
 
 A network in float64 has z, env and dE/denv in float64. One in float32 has them as halves, float16
 tensors with one more dimension in front: two that add up, as good as float32 where the largest

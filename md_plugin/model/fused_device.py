@@ -140,12 +140,15 @@ class DeviceSums:
         return tuning.known(self.block_key, device).get("receivers") or self.receivers(BLOCK_BYTES)
 
     def receivers(self, n_byte: int) -> int:
-        """As many as fit: whole turns of the GPU with tiles of 128 rows, if any; multiples of 16,
-        which are all the same to Triton's compiler.
+        """As many as fit: whole turns of the GPU with tiles of 128 rows, if any.
+
+        Multiples of 16 are all the same to Triton's compiler.
         """
-        most = n_byte // (self.shape[0] * len(self.weight) * self.n_byte)
-        turn = 128 * triton_matmul.gpu_of(self.weight.device)[1] // self.shape[0] // 16 * 16
-        return most // turn * turn or most // 16 * 16
+        n_comp = self.shape[0]
+        most = n_byte // (n_comp * len(self.weight) * self.n_byte)
+        turn = 128 * triton_matmul.gpu_of(self.weight.device)[1]
+        n_turn = most * n_comp // turn
+        return (n_turn * turn // n_comp if n_turn else most) // 16 * 16
 
     @property
     def block_key(self) -> str:
