@@ -2,8 +2,9 @@
 
 Needs neither ase, vesin nor LAMMPS. Everything is compared with float64 on the CPU, by torch's
 plain operations; what takes the short way is compared with the long one. What the shapes of the
-kernels are, their edge cases, is not for here: `test_triton_fused.py`, `test_triton_fusion.py`,
-`test_kernels.py`, `test_products.py` and `test_sensitivity.py` run on a GPU as well.
+kernels are, their edge cases, is not for here: `test_triton_fused.py`, `test_triton_halves.py`,
+`test_triton_fusion.py`, `test_kernels.py`, `test_products.py` and `test_sensitivity.py` run on a
+GPU as well.
 """
 
 import logging
@@ -19,8 +20,9 @@ from lammps_interface.exchange import LammpsHalo
 from md_plugin.device_neighbours import DeviceList, search_cells
 from md_plugin.devices import Staging
 from md_plugin.halo import IndexHalo
-from md_plugin.kernels import get_backend, triton_halves
+from md_plugin.kernels import get_backend, triton_halves, triton_matmul
 from md_plugin.kernels.registry import self_check
+from md_plugin.kernels.triton_arrays import halves
 from md_plugin.model.graphs import CudaRecorder
 from md_plugin.neighbours import Structure, complete_cell
 from md_plugin.pairs import Geometry, Pairs
@@ -253,10 +255,29 @@ def test_a_fixed_order_gives_the_same_bits():
 @pytest.mark.parametrize("exponent", [-60.0, -0.4, 0.0, 3.7, 60.0])
 def test_halves_and_their_power_of_two(exponent):
     x = 2.0**exponent * torch.linspace(-1.0, 1.0, 4001, device=CUDA)
-    halves, power = x.new_empty(2, *x.shape, dtype=torch.float16), x.new_empty(())
-    triton_halves.split(x, halves, power)
+    found, power = x.new_empty(2, *x.shape, dtype=torch.float16), x.new_empty(())
+    triton_halves.split(x, found, power)
     assert float(power) == 2.0 ** (np.floor(exponent) + 1)
-    close(float(power) * halves.double().sum(dim=0), x, 2.0**-21)
+    close(float(power) * found.double().sum(dim=0), x, 2.0**-21)
+
+
+@pytest.mark.parametrize("n_half", [1, 2])
+@pytest.mark.parametrize("n_row", [17_000, 400])
+@pytest.mark.parametrize("n_sum, n_col", [(2560, 128), (128, 2560)])
+def test_products_of_halves(n_row, n_sum, n_col, n_half):
+    """Tiles of each kind; where sums are shared out, the same bits every time."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    sizes = (n_row, n_sum), (n_sum, n_col)
+    a, b = (halves(torch.rand(s, generator=generator, device=CUDA) - 0.5, n_half) for s in sizes)
+    counters, out = triton_matmul.counters(CUDA), a.new_empty(n_row, n_col, dtype=torch.float32)
+    triton_matmul.product(a, b, out, counters)
+    want = a.double().sum(dim=0) @ b.double().sum(dim=0)
+    off = float((out - want).norm() / want.norm())
+    assert off < {1: 5e-5, 2: 1e-6}[n_half], f"off by {off:.1e} of the norm"
+    first = out.clone()
+    for _ in range(20):
+        triton_matmul.product(a, b, out.fill_(torch.nan), counters)
+        assert torch.equal(out, first) and not counters.any()
 
 
 def test_molecular_dynamics_with_graphs_and_without():
