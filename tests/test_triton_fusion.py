@@ -169,6 +169,27 @@ def test_a_broken_kernel_is_an_error(name, monkeypatch):
         FusedHipnn(potential_of().model, "triton")
 
 
+@pytest.mark.parametrize(
+    "name, message", [("product", "products"), ("split_rows", "products of rows")]
+)
+def test_a_broken_product_is_an_error(name, message, monkeypatch):
+    from md_plugin.kernels import triton_halves, triton_matmul
+    from md_plugin.model import fused_check
+
+    module = {"product": triton_matmul, "split_rows": triton_halves}[name]
+    sound = getattr(module, name)
+
+    def spoiled(x, y, out, *rest):
+        sound(x, y, out, *rest)
+        out.mul_(1 + 1e-3)
+
+    monkeypatch.setattr(module, name, spoiled)
+    for check in (fused_check.self_check, fused_check._product_check):
+        check.cache_clear()
+    with pytest.raises(BackendError, match=f"computes wrong {message} of a fused layer"):
+        FusedHipnn(potential_of("mixed").model, "triton")
+
+
 def relative_error(found, expected):
     return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 

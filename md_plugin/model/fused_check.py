@@ -7,7 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from md_plugin.kernels import radial_reference, reference, triton_arrays, triton_fused
+from md_plugin.kernels import (
+    radial_reference,
+    reference,
+    triton_arrays,
+    triton_fused,
+    triton_halves,
+    triton_matmul,
+)
 from md_plugin.kernels.radial_reference import Cutoff
 from md_plugin.kernels.registry import BackendError
 from md_plugin.model.radial import N_COMPONENTS, TensorComponents
@@ -67,6 +74,34 @@ def self_check(device: torch.device, dtype: torch.dtype, order: int, fast: bool 
         rounding = (4 if n_half == 1 else 64) * torch.finfo(grade).eps
         for name, a, b in zip(("env", "forces", "messages"), got, want, strict=False):
             _compare(name, a, b, rounding, ge)
+        if dtype == torch.float32:
+            _product_check(device, n_half)
+
+
+@cache
+def _product_check(device: torch.device, n_half: int) -> None:
+    """Halves and their products, as for m = env V and for dE/denv, once per device and n_half.
+
+    Raises:
+        BackendError: a kernel is wrong.
+    """
+    problem = _Problem(4, device, torch.float32, 0)
+    a, b = (problem.normal(*shape).to(device) for shape in ((9, 40), (40, 24)))
+    powers, scale = (a.new_empty(()), a.new_empty(())), a.new_empty(2, len(a))
+    parts = [x.new_empty(n_half, *x.shape, dtype=torch.float16) for x in (a, a, b)]
+    whole, rows, weight = parts
+    triton_halves.split(a, whole, powers[0])
+    triton_halves.split(b, weight, powers[1])
+    triton_halves.split_rows(a, rows, scale, powers[1], powers[0])
+    m, ge = a.new_empty(9, 24), whole.new_empty(n_half, 9, 24)
+    counters = triton_matmul.counters(device)
+    triton_matmul.product(whole, weight, m, counters, powers)
+    triton_matmul.product(rows, weight, ge, counters)
+    want = a.double() @ b.double()
+    rounding = (4 if n_half == 1 else 64) * torch.finfo(triton_arrays.grade(ge)).eps
+    _compare("products", m, want, rounding, ge)
+    _compare("products of rows", _sum(ge) * scale[0, :, None], want, rounding, ge)
+    _compare("powers", scale[1], scale[0] * powers[0], 0.0, ge)
 
 
 def _operand(x: Tensor, n_half: int = 2) -> Tensor:
