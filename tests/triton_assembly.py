@@ -58,11 +58,12 @@ def assembly(kernel, real, capability, constants, sizes, options, half=()):
             if kind.startswith("*") or (kind == "i32" and sizes[name] % 16 == 0)
         },
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {**compiled.asm, "shared": compiled.metadata.shared}
 
 
 def findings(asm):
-    """Registers, bytes of stack, and how often each kind of instruction occurs."""
+    """Registers, bytes of stack and of shared memory, how often instructions of a kind occur."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -82,6 +83,7 @@ def findings(asm):
     return (
         found
         | {name: len(re.findall(p, sass)) for name, p in patterns.items()}
+        | {"shared": asm["shared"]}
         | {"lines": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))}
     )
 

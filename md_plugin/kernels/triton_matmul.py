@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -66,9 +66,9 @@ class Tile(NamedTuple):
 def tiles(n_sum: int, n_col: int, n_half: int, hopper: bool) -> Iterator[Tile]:
     """All that come into question: 128 x 128 for a multiprocessor, smaller ones for half of it.
 
-    Stages take at most 192 kB of shared memory with warp groups, 96 or 128 kB without. Halves have
-    two accumulators: 64 terms at once take more registers than there are where warps have no
-    groups, or 64 x 128 numbers each, which without groups are too many in any case.
+    Shared memory holds them: 224 kB at most with warp groups, 96 kB without. Halves have two
+    accumulators: 64 terms at once take more registers than there are where warps have no groups,
+    or 64 x 128 numbers each, which without groups are too many in any case.
     """
     for rows, columns, num_warps in ((128, 128, 8), (64, 128, 4), (64, 64, 4)):
         if rows < columns and not hopper:
@@ -79,7 +79,7 @@ def tiles(n_sum: int, n_col: int, n_half: int, hopper: bool) -> Iterator[Tile]:
         for n_share in SHARES:
             if n_share <= triton.cdiv(n_sum, terms):
                 yield Tile(rows, columns, terms, num_warps, 3, n_share)
-    columns = 128 if hopper else 64
+    columns = 128 if hopper else 64 // n_half
     for n_share in SHARES if n_sum <= 128 else ():
         if n_share < triton.cdiv(n_col, columns):
             yield Tile(128, columns, power_of_two(n_sum, 16, 128), 8, 2, n_share, wide=True)
@@ -116,7 +116,7 @@ def _cost(tile: Tile, shape: tuple[int, int, int], n_half: int, gpu: tuple[bool,
     return cycles(tile, shape, n_half, gpu)
 
 
-@cache
+@lru_cache(1024)  # the number of rows changes whenever ghosts do
 def chosen(shape: tuple[int, int, int], n_half: int, gpu: tuple[bool, int] = (True, 132)) -> Tile:
     """The tile that takes the fewest `cycles`."""
     found = tiles(*shape[1:], n_half, gpu[0])
