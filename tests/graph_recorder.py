@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_leaves
 from md_plugin.kernels.triton_arrays import halves
 from md_plugin.model.radial import tensor_components
 
-LAUNCHES = {"forward": "triton_fused", "backward": "triton_fused"}  # in md_plugin.kernels
-LAUNCHES |= {"split": "triton_halves", "split_rows": "triton_halves", "product": "triton_matmul"}
+# In md_plugin.kernels: room, name there, and name here and in `TapeRecorder.launches`.
+LAUNCHES = [("triton_fused", name, name) for name in ("forward", "backward")]
+LAUNCHES += [("triton_halves", name, name) for name in ("split", "split_rows")]
+LAUNCHES += [("triton_matmul", "product", "product")]
+LAUNCHES += [("triton_atom_layers", name, name + "_atoms") for name in ("forward", "backward")]
 
 
 def _rcut(radial):
@@ -110,6 +113,62 @@ def product(a, b, out, counters, powers=None):
     out.copy_(halves(found, len(out)) if out.dtype == torch.float16 else found)
 
 
+def _atoms(shape, weights, m, z):
+    """Features and energies of a block, from padded weights, by torch."""
+    _, n_in, n_hidden, n_out = shape
+
+    def row(numbers, layer):
+        return numbers[layer, :n_hidden] if numbers is weights.bias else numbers[layer, :n_out]
+
+    cusp, scales = weights.scales[0], weights.scales[1:].view(-1, weights.bias.shape[1])
+    h = m[:, 0]
+    for scale, norm in zip(scales[:, :n_hidden], _squares(m), strict=False):
+        h = h + scale * torch.sqrt(norm + cusp)
+    sent = torch.eye(n_in).to(m)[z.long()] if z.ndim == 1 else z
+    # Of species a row of the table each, after one of none; of features a column.
+    first, adjust = (w if w is None or z.ndim == 2 else w[1:].T for w in weights[:2])
+    h = h + sent @ first[:n_hidden, :n_in].T + row(weights.bias, 0)
+    x = sent if adjust is None else sent @ adjust[:n_out, :n_in].T
+    for layer in range(len(weights.bias)):
+        if layer:
+            h = x @ weights.inward[layer - 1, :n_hidden, :n_out].T + row(weights.bias, layer)
+        value = torch.nn.functional.softplus(h)
+        if weights.outward is None:
+            x = value
+        else:
+            x = x + value @ weights.outward[layer, :n_out, :n_hidden].T + row(weights.shift, layer)
+    return x, x @ weights.readout[:n_out] + weights.readout[-1]
+
+
+def _squares(m):
+    """|v|^2 and Q:Q of vectors and quadrupoles."""
+    q = m[:, 4:9]
+    yield m[:, 1:4].square().sum(dim=1)
+    yield 2.0 * (q.square().sum(dim=1) + q[:, 0] * q[:, 3]) if q.shape[1] else None
+
+
+def forward_atoms(shape, weights, m, z, out, energy):
+    """What `triton_atom_layers.forward` writes, in a moment."""
+    x, e = _atoms(shape, weights, m, z)
+    out.copy_(x)
+    energy.add_(e)
+
+
+def backward_atoms(shape, weights, m, z, gradient, gm, along=None, energy=None):
+    """What `triton_atom_layers.backward` writes."""
+    with torch.enable_grad():
+        m, z = m.detach().requires_grad_(), z.detach()
+        z.requires_grad_(z.ndim == 2)
+        x, e = _atoms(shape, weights, m, z)
+        total = e.sum() if gradient is None else e.sum() + (x * gradient).sum()
+        wanted = [(m, gm)] if along is None else [(m, gm), (z, along)]
+        found = torch.autograd.grad(total, [leaf for leaf, _ in wanted])
+    for (_, target), g in zip(wanted, found, strict=True):
+        target.copy_(g)
+    if energy is not None:
+        energy.add_(e.detach())
+
+
 class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -160,10 +219,10 @@ class TapeRecorder:
     def __init__(self, monkeypatch, interpreted=False):
         self.warm_ups = self.captures = self.replays = 0
         self.tape, self.launches = None, []
-        for name, room in LAUNCHES.items():
+        for room, name, here in LAUNCHES:
             module = import_module(f"md_plugin.kernels.{room}")
-            launch = getattr(module, name) if interpreted else globals()[name]
-            monkeypatch.setattr(module, name, self._launcher(name, launch))
+            launch = getattr(module, name) if interpreted else globals()[here]
+            monkeypatch.setattr(module, name, self._launcher(here, launch))
 
     def _launcher(self, name, launch):
 

@@ -14,7 +14,7 @@ from test_fusion import CountingAdjoint, geometry
 from test_physics import BOXES, Domains
 
 from md_plugin.halo import IndexHalo
-from md_plugin.model import atom_layers, device_step, graphs
+from md_plugin.model import device_atoms, device_step, graphs
 from md_plugin.model.buffers import Buffers
 from md_plugin.model.device_step import CaptureError, FusedStep, fused_step
 from md_plugin.model.fusion import FusedHipnn
@@ -121,21 +121,26 @@ def test_the_host_asks_once(monkeypatch):
 
 def test_nothing_is_compiled_anew(monkeypatch):
     """What Triton makes code for: constants, and whether integers are 1 or multiples of 16."""
-    from md_plugin.kernels import triton_fused
+    from md_plugin.kernels import triton_atom_layers, triton_fused
 
     seen, step = [], network(order=1)
     for n_atoms in (3, 7, 16, 33):
         with launch_counts(monkeypatch) as launches:
             step.evaluate(*inputs(chain(n_atoms)))
         forms = set()
-        for name, (where, radial, z, env, *rest) in launches:
+        for name, arguments in launches:
+            if name.endswith("_atoms"):
+                shape, _, m, *_ = arguments
+                forms.add((name, *triton_atom_layers.options(shape, m).items()))
+                continue
+            where, radial, z, env, *rest = arguments
             *_, begin = rest if rest else (0,)
             options = triton_fused.options(radial, env, back=name == "backward")
             kinds = [(k == 1, k % 16 == 0) for k in (begin, *env.shape[2:])]
             given = z is None, where.translation is None
             forms.add((name, tuple(options.items()), *kinds, *given))
         seen.append(forms)
-    assert len(seen[0]) == 4 and all(forms == seen[0] for forms in seen)
+    assert len(seen[0]) == 7 and all(forms == seen[0] for forms in seen)
 
 
 # --- buffers ----------------------------------------------------------------------------------
@@ -361,13 +366,13 @@ def test_large_steps_run_as_they_are(monkeypatch):
 
 def waiting(monkeypatch):
     """Atom layers in which the host asks for a number."""
-    forward = atom_layers.AtomLayers.forward
+    forward = device_atoms.DeviceAtomLayers.forward
 
-    def slow(self, mixed, z):
+    def slow(self, mixed, *others):
         assert float(mixed.sum()) is not None
-        return forward(self, mixed, z)
+        forward(self, mixed, *others)
 
-    monkeypatch.setattr(atom_layers.AtomLayers, "forward", slow)
+    monkeypatch.setattr(device_atoms.DeviceAtomLayers, "forward", slow)
 
 
 def test_a_step_that_waits_is_not_recorded(monkeypatch, caplog):

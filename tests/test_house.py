@@ -141,6 +141,7 @@ OWN_FILES += ("fused_device", "numba_cuda", "model.tuner")
 OWN_FILES += ("triton_products", "triton_eri", "triton_gradient")
 OWN_FILES += ("triton_arrays", "triton_mirror", "fused_check", "triton_halves", "triton_matmul")
 OWN_FILES += ("triton_matmul_kernels",)
+OWN_FILES += ("triton_atoms", "triton_atom_layers", "device_atoms")
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 300, 50, 6
 

@@ -94,11 +94,13 @@ class Gradients:
         *,
         per_atom: bool = False,
     ):
-        n_recv, self.own_rows = len(where.row_ptr) - 1, own_rows
-        self.forces = torch.zeros_like(where.x)
-        self.messages = where.x.new_zeros(len(where.x), n_feat, dtype=dtype)
-        self.sums = where.x.new_zeros(n_recv, N_SUM)
+        n_send, n_recv, self.own_rows = len(where.x), len(where.row_ptr) - 1, own_rows
+        # At once; and sums, of 80 bytes each, before forces, so that both start at 16 bytes.
+        zeros = where.x.new_zeros(N_SUM * n_recv + 3 * n_send)
+        self.sums = zeros[: N_SUM * n_recv].view(n_recv, N_SUM)
+        self.forces = zeros[N_SUM * n_recv :].view(n_send, 3)
         self.sums[:, -1] = math.inf
+        self.messages = where.x.new_zeros(n_send, n_feat, dtype=dtype)
         self.sent = where.x.new_zeros(len(where.x), 9) if per_atom else None
 
     def for_layer(self, n_feat: int) -> Gradients:
@@ -133,4 +135,5 @@ class Gradients:
     @property
     def closest(self) -> Tensor:
         """() distance of the closest pair; infinite where there is none."""
-        return torch.cat([self.sums[:, -1], self.sums.new_full((1,), math.inf)]).min()
+        least = self.sums[:, -1]
+        return least.amin() if len(least) else least.new_full((), math.inf)

@@ -38,12 +38,14 @@ class AtomLayers:
         plain: torch's own functions only, for any device.
     """
 
+    by_species = False  # a first block is given features as well, one-hot
+    workspace = 256_000_000  # bytes that activations of atoms may take at once
+
     def __init__(self, model: Hipnn, number: int, plain: bool = False):
         layers = [cast(Any, layer) for layer in cast(nn.ModuleList, model.blocks[number])]
         activation = _activation(model, plain)
         interaction: InteractionLayer = layers[0].layer
         self.combined = _combined(interaction, model, plain)
-        self.needs_z = number > 0  # species have no gradient
         self.n_components = N_COMPONENTS[interaction.order]
         self.inward = [_Linear(interaction.self_interaction)]
         self.inward += [_Linear(layer.layer) for layer in layers[1:]]
@@ -58,33 +60,47 @@ class AtomLayers:
         return item * (3 * self.n_components * n_hidden + len(self.inward) * (3 * n_hidden + width))
 
     @torch.no_grad()
-    def forward(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """m (n, C, n_hidden), z (n, n_in) -> features (n, n_out) and energies (n,)."""
+    def forward(self, mixed: Tensor, z: Tensor, out: Tensor, energy: Tensor) -> None:
+        """Write features that the block gives, and add its energies.
+
+        Args:
+            mixed: (n, C, n_hidden) m.
+            z: (n, n_in) features.
+            out: (n, n_out), written.
+            energy: (n,) float64, eV, added to.
+        """
         x, _, _ = self._run(mixed, z)
-        return x, self.readout(x)[:, 0]
+        out.copy_(x)
+        energy += self.readout(x)[:, 0].double()
 
     @torch.no_grad()
     def backward(
-        self, mixed: Tensor, z: Tensor, gradient: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients of sum E + sum (features * gradient).
+        self,
+        mixed: Tensor,
+        z: Tensor,
+        gradient: Tensor | None = None,
+        along: Tensor | None = None,
+        energy: Tensor | None = None,
+    ) -> Tensor:
+        """dE/dm (n, C, n_hidden) of sum E + sum (features * gradient).
 
         Args:
             mixed: (n, C, n_hidden) m.
             z: (n, n_in) features.
             gradient: (n, n_out), of the blocks above; None where there are none.
-
-        Returns:
-            dE/dm (n, C, n_hidden); dE/dz (n, n_in) that does not go through m, None in the first
-            block; energies (n,).
+            along: (n, n_in) dE/dz that does not go through m, written unless None.
+            energy: (n,) float64, eV, added to unless None.
         """
         x, pull_norms, pulls = self._run(mixed, z)
+        if energy is not None:
+            energy += self.readout(x)[:, 0].double()
         g = self.readout.weight if gradient is None else gradient + self.readout.weight
         for linear, pull in zip(self.inward[:0:-1], pulls[:0:-1], strict=True):
             g = linear.pull(*pull(g))
-        g, along = pulls[0](g)
-        dz = self.inward[0].pull(g, along) if self.needs_z else None
-        return pull_norms(g), dz, self.readout(x)[:, 0]
+        g, past = pulls[0](g)
+        if along is not None:
+            along.copy_(self.inward[0].pull(g, past))
+        return pull_norms(g)
 
     def _run(self, mixed: Tensor, z: Tensor) -> tuple[Tensor, Pull, list[Any]]:
         """Features, and the ways back: through the norms, and from each layer to its h and x."""

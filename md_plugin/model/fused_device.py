@@ -22,6 +22,7 @@ from torch import Tensor
 
 from md_plugin.kernels import triton_arrays, triton_fused, triton_halves, triton_matmul, tuning
 from md_plugin.kernels.triton_parts import fixed_order
+from md_plugin.model.device_atoms import atom_layers
 from md_plugin.model.fused_check import mirror_check, self_check
 from md_plugin.model.fused_sums import Sums, gaussian_weight
 from md_plugin.model.hipnn import Hipnn
@@ -33,17 +34,14 @@ BLOCK_BYTES = 180_000_000
 
 
 class DeviceEngine:
-    """Kernels in Triton; atom layers in torch, for as many atoms at once as the workspace holds.
-
-    Fewer, whose activations would stay in the second-level cache, are done before the next operator
-    is launched: docs/gpu.md counts.
+    """Kernels in Triton.
 
     Args:
         model: the network.
         fast: products of sums in float16; see `HalfSums`.
     """
 
-    threads, max_block, workspace = False, 1 << 18, 256_000_000
+    threads, max_block = False, 1 << 18
 
     def __init__(self, model: Hipnn, fast: bool = False):
         self.fast, self.order = fast, model.config.order
@@ -82,6 +80,10 @@ class DeviceEngine:
         if interaction.weight.dtype == torch.float64:
             return DeviceSums(interaction, is_first)
         return HalfSums(interaction, is_first, 1 if self.fast and not is_first else 2)
+
+    def atoms(self, model: Hipnn, number: int) -> Any:
+        """See `fused_sums.Engine`."""
+        return atom_layers(model, number)
 
 
 def _deterministic(where: Any, fast: bool, per_atom: bool) -> bool:

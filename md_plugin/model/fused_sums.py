@@ -21,6 +21,7 @@ from torch import Tensor
 
 from md_plugin.kernels import fused_cpu, fused_rows, fused_tensor_rows
 from md_plugin.kernels.workers import share, span
+from md_plugin.model.atom_layers import AtomLayers
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.model.radial import N_COMPONENTS
 from md_plugin.pairs import Geometry
@@ -120,12 +121,10 @@ class Engine(Protocol):
     Attributes:
         threads: whether threads of Python share the atoms.
         max_block: atoms that go through the atom layers at once, at most.
-        workspace: bytes that activations of these may take.
     """
 
     threads: bool
     max_block: int
-    workspace: int
 
     def where(self, species: Tensor, geometry: Geometry) -> Any:
         """What the kernels read of atoms and pairs; species (n_send,) int32, as indices."""
@@ -143,11 +142,15 @@ class Engine(Protocol):
         """Those of one layer."""
         ...
 
+    def atoms(self, model: Hipnn, number: int) -> Any:
+        """The layers of a block that treat each atom by itself, as `AtomLayers`."""
+        ...
+
 
 class CpuEngine:
     """Kernels compiled by numba, threads that share the atoms, activations that stay in cache."""
 
-    threads, max_block, workspace = True, 1024, 1 << 30
+    threads, max_block = True, 1024
 
     def __init__(self, model: Hipnn):
         _announce_compilation(bool(model.config.order))
@@ -180,6 +183,10 @@ class CpuEngine:
         kind = TensorSums if interaction.order else EnvironmentSums
         sums: Sums = kind(interaction, is_first)
         return sums
+
+    def atoms(self, model: Hipnn, number: int) -> Any:
+        """See `Engine`."""
+        return AtomLayers(model, number)
 
 
 def _announce_compilation(tensors: bool) -> None:

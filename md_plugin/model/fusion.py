@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from md_plugin.devices import moved
 from md_plugin.halo import Halo, NoHalo, check_filled
 from md_plugin.kernels.workers import one_thread, share, span
-from md_plugin.model.atom_layers import AtomLayers
 from md_plugin.model.fused_sums import CpuEngine, Engine
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.pairs import Geometry, Pairs
@@ -148,6 +147,8 @@ class FusedHipnn:
         index = torch.full((model.encoder.shape[0],), -1, dtype=torch.int32)
         index[list(model.species)] = torch.arange(len(model.species), dtype=torch.int32)
         self.index = index.to(model.encoder.device)
+        of_species = model.readouts[0](model.encoder)[:, 0].detach().double()
+        self.of_species = of_species + model.reference_energy(torch.arange(len(of_species)))
         self.layers = [_Layer(model, k, self.engine) for k in range(model.config.n_interactions)]
         # Floating-point operations of matrix products per atom, sums over pairs left out: V to
         # and fro for each component, other matrices to, again for the way back, and fro.
@@ -192,11 +193,11 @@ class FusedHipnn:
         Whoever runs them does so without autograd.
         """
         n_recv = geometry.pairs.n_recv
-        where = self.engine.where(self.index[species.long()], geometry)
-        z: list[Tensor] = [self.model.encoder[species.long()]]
-        energy = self.model.reference_energy(species[:n_recv])
-        energy += self.model.readouts[0](z[0][:n_recv])[:, 0].double()
-        found = self.engine.gradients(where, z[0].dtype, n_thread, split)
+        kinds = self.index[species.long()]
+        where = self.engine.where(kinds, geometry)
+        z = [kinds if self.layers[0].atoms.by_species else self.model.encoder[species.long()]]
+        energy = self.of_species[species[:n_recv].long()]
+        found = self.engine.gradients(where, self.model.encoder.dtype, n_thread, split)
         step = _Step(where, energy, found, n_thread)
         mixed: list[Tensor | None] = []
         for layer in self.layers[:-1]:
@@ -207,7 +208,7 @@ class FusedHipnn:
         gradient: Tensor | None = None
         for k in reversed(range(len(self.layers))):
             along, sent = self.layers[k].backward(step, z[k], mixed[k], gradient)
-            if k > 0:
+            if along is not None:
                 gradient = (yield Exchange(sent, back=True)) + along
         return Fused(energy, *self.engine.results(found, split))
 
@@ -239,53 +240,50 @@ class _Layer:
 
     def __init__(self, model: Hipnn, number: int, engine: Engine):
         first = cast(Any, cast(nn.ModuleList, model.blocks[number])[0])
-        self.atoms = AtomLayers(model, number, plain=not engine.threads)
-        self.width = model.config.widths[number + 1]
-        fitting = engine.workspace // self.atoms.bytes_per_atom // LEAST_BLOCK * LEAST_BLOCK
+        self.is_first, self.width = number == 0, model.config.widths[number + 1]
+        self.atoms, self.sums = engine.atoms(model, number), engine.sums(first.layer, number == 0)
+        self.empty = self.sums.weight.new_empty
+        fitting = self.atoms.workspace // self.atoms.bytes_per_atom // LEAST_BLOCK * LEAST_BLOCK
         self.max_block = min(engine.max_block, max(LEAST_BLOCK, fitting))
-        self.sums = engine.sums(first.layer, number == 0)
         self.block = max(LEAST_BLOCK, min(self.max_block, self.sums.block))  # of the sums
 
     def forward(self, step: _Step, z: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the readout to the energy; returns m (n_recv, C, n_hidden) and new features."""
         n_recv, source = len(step.energy), self.sums.source(z, step.n_thread)
-        mixed = z.new_empty(n_recv, *self.sums.shape)
-        out = z.new_empty(n_recv, self.width)
+        mixed = self.empty(n_recv, *self.sums.shape)
+        out = self.empty(n_recv, self.width)
 
         def work(t: int) -> None:
             for rows in _blocks(span(n_recv, t, step.n_thread), self.max_block):
                 self._mix(step.where, source, rows, mixed[rows])
-                out[rows], e = self.atoms.forward(mixed[rows], z[rows])
-                step.energy[rows] += e.double()
+                self.atoms.forward(mixed[rows], z[rows], out[rows], step.energy[rows])
 
         share(work, step.n_thread)
         return mixed, out
 
     def backward(
         self, step: _Step, z: Tensor, mixed: Tensor | None, gradient: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Adds forces and virial; returns dE/dz along the atom and along its pairs.
+    ) -> tuple[Tensor | None, Tensor]:
+        """Adds forces and virial; returns dE/dz along the atom, if any, and along its pairs.
 
         Where `mixed` is None this is the last layer, whose forward pass is made here as well.
         """
         n_recv, source = len(step.energy), self.sums.source(z, step.n_thread)
-        along = z.new_zeros(n_recv, z.shape[1])
+        along = None if self.is_first else self.empty(n_recv, z.shape[1])
         sink = self.sums.sink(step.found)
 
         def work(t: int) -> None:
             mine = sink.part(t)
             for rows in _blocks(span(n_recv, t, step.n_thread), self.max_block):
                 if mixed is None:
-                    m = z.new_empty(rows.stop - rows.start, *self.sums.shape)
+                    m = self.empty(rows.stop - rows.start, *self.sums.shape)
                     self._mix(step.where, source, rows, m)
                 else:
                     m = mixed[rows]
                 wanted = None if gradient is None else gradient[rows]
-                g, dz, e = self.atoms.backward(m, z[rows], wanted)
-                if dz is not None:
-                    along[rows] = dz
-                if mixed is None:
-                    step.energy[rows] += e.double()
+                dz = None if along is None else along[rows]
+                energy = step.energy[rows] if mixed is None else None
+                g = self.atoms.backward(m, z[rows], wanted, dz, energy)
                 for part in _blocks(rows, self.block):
                     part_of_g = g[part.start - rows.start : part.stop - rows.start]
                     self.sums.gradient(step.where, source, part_of_g, mine, part.start)
