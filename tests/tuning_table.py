@@ -1,8 +1,8 @@
 """Makes md_plugin/data/tuning.json anew: python tests/tuning_table.py (minutes; no GPU needed).
 
 For kernels of fused layers at usual shapes, and for A100 and H100: the usual options, and those one
-step away, that compile without anything in local memory. The usual ones come first where they do,
-then by instructions issued per receiver, about: those of the compiled code, times warps, times
+step away, that compile with next to nothing in local memory. The usual ones come first where they
+do, then by instructions issued per receiver, about: those of the compiled code, times warps, times
 tiles of pairs and blocks of features and sensitivities that a receiver takes. To be made again
 whenever the kernels change: until then the table is not used.
 """
@@ -21,6 +21,7 @@ LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
 ABSENT = ("species", "translation", "translations", "sent")  # in most steps
 HALVES = ("z", "env", "ge")
 N_PAIRS = 60
+MOST_STACK = 32  # bytes: a few registers, written and read once
 
 
 def compiled(kernel, capability, shape):
@@ -28,11 +29,11 @@ def compiled(kernel, capability, shape):
     function, back = getattr(triton_layer, kernel + "_kernel"), kernel == "backward"
     env = torch.empty(2, 1, *shape, dtype=torch.float16, device="meta")
     radial = triton_fused.Radial(env.float(), env)
-    constants = triton_fused.options(radial, env, back, hopper=capability >= 90)
+    constants = triton_fused.options(radial, env, back)
     options = {name: constants.pop(name) for name in LAUNCH}
     constants |= dict.fromkeys(ABSENT)
     constants = {k: v for k, v in constants.items() if k in function.arg_names}
-    sizes = {"begin": 16, "n_send": 1601, "n_nu": shape[1], "n_feat": shape[2]}
+    sizes = {"begin": 16, "n_send": 1601}
     return findings(assembly(function, "fp32", capability, constants, sizes, options, HALVES))
 
 
@@ -44,8 +45,8 @@ def issued(found, options, shape):
 
 
 def clean(kernel, capability, shape):
-    """Options that leave nothing in local memory, best first."""
-    usual = triton_fused.tiles(*shape, torch.float32, kernel == "backward", capability >= 90)
+    """Options that leave next to nothing in local memory, best first."""
+    usual = triton_fused.tiles(*shape, torch.float32, kernel == "backward")
     usual = {name: usual[name] for name in tuning.NAMES}
     costs = []
     for options in [usual, *tuning.neighbours(usual)]:
@@ -55,7 +56,7 @@ def clean(kernel, capability, shape):
         except Exception as error:
             sys.stderr.write(f"{kernel} {shape} {options}: {type(error).__name__}\n")
             continue
-        if found["STACK"] == 0 and found["spill"] == 0:
+        if found["STACK"] <= MOST_STACK:
             costs.append((options != usual, issued(found, options, shape), options))
     return [options for _, _, options in sorted(costs, key=lambda cost: cost[:2])]
 

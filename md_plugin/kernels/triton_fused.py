@@ -21,7 +21,6 @@ float32.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ from md_plugin.kernels.triton_mirror import mirror_kernel
 from md_plugin.kernels.triton_parts import (
     PRECISION,
     SIN_TERMS,
-    has_warp_groups,
     on_device,
     power_of_two,
 )
@@ -46,30 +44,28 @@ WINDOW = {torch.float32: 5.5, torch.float64: 8.0}
 
 
 def tiles(
-    n_comp: int, n_nu: int, n_feat: int, dtype: torch.dtype, back: bool = False, hopper: bool = True
+    n_comp: int, n_nu: int, n_feat: int, dtype: torch.dtype, back: bool = False
 ) -> dict[str, int]:
     """Block sizes, and how many warps share a program.
 
     tl.dot takes no side below 16; GROUP components times BLOCK_NU make the rows of a product, 64
-    of them for tensors. The products of float32 hold their operands twice, and those of float64 in
-    twice the space: what compiles to the fewest instructions without filling local memory on sm_80
-    and sm_90 was found by looking at compiled code (docs/gpu_kernels.md). ALIGN is a power of two
-    that divides n_feat, so that rows load in 16 bytes. One stage: more would hold the next tile's
-    loads in registers.
+    of them for tensors. One or two warps: what belongs to a pair, which each warp computes for
+    itself, is most of the instructions; half as many as with four, whose warp groups would multiply
+    faster. What compiles to the fewest without filling local memory on sm_80 and sm_90 was found by
+    looking at compiled code (docs/gpu_kernels.md). One stage: more would hold the next tile's loads
+    in registers.
     """
-    half, double, scalar = dtype == torch.float16, dtype == torch.float64, n_comp == 1
+    double, scalar = dtype == torch.float64, n_comp == 1
     if back:
-        most = 16 if double else 128 if half else 64 if n_comp == 4 or scalar else 32
-        pairs, warps = 16, (4 if scalar else 8) if double else 2 if scalar else 4
+        most = 16 if double else 32 if n_comp > 4 else 128 if dtype == torch.float16 else 64
+        warps = (4 if scalar else 8) if double else 1 if scalar else 2
     else:
         most = 32 if double else 64 if scalar else 128
-        pairs = 32 if half or not (double or scalar) else 16
-        warps = 2 if scalar else 4
+        warps = (2 if scalar else 4) if double else 1 if scalar or n_feat <= 32 else 2
     return {
-        "ALIGN": math.gcd(n_feat, 16),
         "GROUP": 1 if scalar else 4,
         "GROUPS": 1 if scalar else triton.cdiv(n_comp, 4),
-        "BLOCK_P": pairs,
+        "BLOCK_P": 16,
         "BLOCK_NU": power_of_two(n_nu, 16, 32 if scalar and not back else 16),
         "BLOCK_F": power_of_two(n_feat, 16, most),
         "num_warps": warps,
@@ -94,7 +90,7 @@ def forward(where: Geometry, radial: Radial, z: Tensor | None, env: Tensor, begi
     if env.numel():
         with on_device(env):
             forward_kernel[(n_block, triton.cdiv(n_feat, chosen["BLOCK_F"]), n_part)](
-                *where, z, *radial, env, begin, len(where.x), n_nu, n_feat, **chosen
+                *where, z, *radial, env, begin, len(where.x), **chosen
             )
 
 
@@ -118,7 +114,7 @@ def backward(
         ValueError: an array has the wrong shape, is not contiguous, or is on another device.
     """
     _check(where, radial, z, ge, begin)
-    n_block, _, n_nu, n_feat = ge.shape[-4:]
+    n_block, _, _, n_feat = ge.shape[-4:]
     if scale is not None:
         _check_array(radial, scale)
         _check_shape("powers of two", scale, (2, n_block))
@@ -130,7 +126,7 @@ def backward(
         with on_device(ge):
             backward_kernel[(n_block,)](
                 *where, z, *radial, ge, scale, gradients.forces, gradients.messages,
-                gradients.sums, gradients.sent, begin, len(where.x), n_nu, n_feat, **chosen,
+                gradients.sums, gradients.sent, begin, len(where.x), **chosen,
             )  # fmt: skip
 
 
@@ -172,26 +168,22 @@ def mirror(
             )
 
 
-def options(
-    radial: Radial, env: Tensor, back: bool = False, hopper: bool | None = None
-) -> dict[str, Any]:
-    """What is compiled in, for an array of this shape and dtype, and how it is launched.
-
-    For the array's device, or for one that has warp groups, or has not.
-    """
+def options(radial: Radial, env: Tensor, back: bool = False) -> dict[str, Any]:
+    """What is compiled in, for an array of this shape and dtype, and how it is launched."""
     shape, real, dtype = env.shape[-4:], radial.table.dtype, grade(env)
     _, n_comp, n_nu, n_feat = shape
-    hopper = has_warp_groups(env.device) if hopper is None else hopper
-    tile: dict[str, Any] = dict(tiles(n_comp, n_nu, n_feat, dtype, back, hopper))
+    tile: dict[str, Any] = dict(tiles(n_comp, n_nu, n_feat, dtype, back))
     tile |= tuning.chosen("backward" if back else "forward", shape, dtype, env.device)
     if back:
-        tile["NU_BLOCKS"] = triton.cdiv(n_nu, tile["BLOCK_NU"])
+        tile["NU_BLOCKS"], rest = divmod(n_nu, tile["BLOCK_NU"])
+        # GROUP times REST are rows of a product, at least 16.
+        least = 16 // tile["GROUP"]
+        tile["REST"] = power_of_two(rest, least, tile["BLOCK_NU"]) if rest else 0
         tile["F_BLOCKS"] = triton.cdiv(n_feat, tile["BLOCK_F"])
-        tile["TURNED"] = False
-        tile["UNROLL"] = tile["GROUPS"] if dtype == torch.float16 and n_comp == 9 else 1
         tile["OWN_ROW"] = False
     n_part = 2 if dtype == torch.float32 else 1
-    return tile | _common(real) | {"WINDOW": WINDOW[real], "N_PART": n_part, "N_COMP": n_comp}
+    tile |= {"N_PART": n_part, "N_COMP": n_comp, "N_NU": n_nu, "N_FEAT": n_feat}
+    return tile | _common(real) | {"WINDOW": WINDOW[real]}
 
 
 def mirror_options(g: Tensor, n_nu: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ and from ge = dE/denv, with G[c, nu, p] = sum_a z[j, a] ge[i, c, nu, a]         
 A scalar layer has t = 1 only. In a first layer z is one-hot: env counts species, G is a row of ge,
 and of a sender nothing is read but its species. Functions of the distance, t and G stay in
 registers; sums over pairs and over features are products of tiles, whose rows are all c of a group
-and all nu of a block: 64 and more are what Hopper's warp groups multiply at once.
+and all nu of a block.
 
 A program has one receiver and goes over its row in tiles of pairs, of which those beyond the end
 are given the end as distance and no features: nothing of them is felt, and NaN shows. Blocks of nu
@@ -51,35 +51,24 @@ from md_plugin.kernels.triton_parts import cosine_cutoff, dot, loaded, split, tu
 
 
 @triton.jit
-def _features(z, species, n_send, j, felt, f, n_feat, like, N_PART: tl.constexpr):
+def _features(z, species, n_send, j, felt, f, like, N_PART: tl.constexpr, N_FEAT: tl.constexpr):
     """(pairs, features) of senders, in parts; one-hot where z is None."""
     if z is None:
         kind = tl.load(species + j)
         return (((kind[:, None] == f[None, :]) & felt[:, None]).to(like.dtype.element_ty),)
     else:
-        live, size = felt[:, None] & (f < n_feat)[None, :], n_send.to(tl.int64) * n_feat
-        return loaded(z, size, j[:, None] * n_feat + f[None, :], live, N_PART)
+        live, size = felt[:, None] & (f < N_FEAT)[None, :], n_send.to(tl.int64) * N_FEAT
+        return loaded(z, size, j[:, None] * N_FEAT + f[None, :], live, N_PART)
 
 
 @triton.jit
-def _rows(row, c, nu, n_nu, N_COMP: tl.constexpr):
-    """(c nu,) rows of a receiver of the block in env, and which are there."""
-    place = (row * N_COMP + c)[:, None] * n_nu + nu[None, :]
-    real = (c < N_COMP)[:, None] & (nu < n_nu)[None, :]
+def _places(c, nu, f, N_COMP: tl.constexpr, N_NU: tl.constexpr, N_FEAT: tl.constexpr):
+    """Where (c nu, features) are in env of a receiver, and which are there."""
+    row = c[:, None] * N_NU + nu[None, :]
+    real = (c < N_COMP)[:, None] & (nu < N_NU)[None, :]
     n: tl.constexpr = c.shape[0] * nu.shape[0]
-    return tl.reshape(place, (n,)), tl.reshape(real, (n,))
-
-
-@triton.jit
-def _env(rows, real, f, n_feat):
-    """Places of rows (c nu, features), and which are there."""
-    return rows[:, None] * n_feat + f[None, :], real[:, None] & (f < n_feat)[None, :]
-
-
-@triton.jit
-def _size(n_nu, n_feat, N_COMP: tl.constexpr):
-    """Numbers in env of all receivers of the block."""
-    return tl.num_programs(0).to(tl.int64) * N_COMP * n_nu * n_feat
+    row, real = tl.reshape(row, (n,)), tl.reshape(real, (n,))
+    return row[:, None] * N_FEAT + f[None, :], real[:, None] & (f < N_FEAT)[None, :]
 
 
 @triton.jit
@@ -92,13 +81,12 @@ def _sensed(t, s):
 @triton.jit(do_not_specialize=["begin", "n_send"])
 def forward_kernel(
     x, row_ptr, sender, translation, translations, species, z, table, limits, env,
-    begin, n_send, n_nu, n_feat,
+    begin, n_send,
     TERMS: tl.constexpr, WINDOW: tl.constexpr, N_PART: tl.constexpr, N_COMP: tl.constexpr,
-    ALIGN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    N_NU: tl.constexpr, N_FEAT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Writes GROUP components, BLOCK_NU sensitivities and BLOCK_F features of one receiver."""
-    n_feat = n_feat // ALIGN * ALIGN
     rcut, end = tl.load(limits), tl.load(limits + 1)
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -112,33 +100,33 @@ def forward_kernel(
         p = p0 + tl.arange(0, BLOCK_P)
         j, felt, d, r, q = vectors(x, sender, translation, translations, i, p, last, end)
         low, high = span(q, felt)
-        if reached(table, nu, n_nu, low, high, WINDOW):
+        if reached(table, nu, N_NU, low, high, WINDOW):
             cut, _, _ = cosine_cutoff(r, rcut, end, TERMS)
             near, q, cut, ux, uy, uz = handed_out(
                 (felt.to(tl.int32), q, cut, d[0] * q, d[1] * q, d[2] * q)
             )
-            sensed = gaussians(table, q, nu, n_nu)[0] * cut[None, :]
+            sensed = gaussians(table, q, nu, N_NU)[0] * cut[None, :]
             if N_COMP > 1:
                 sensed = _sensed(components(c, (ux, uy, uz), N_COMP), sensed)
-            sent = _features(z, species, n_send, j, near != 0, f, n_feat, env, N_PART)
+            sent = _features(z, species, n_send, j, near != 0, f, env, N_PART, N_FEAT)
             total = dot(split(sensed, env, N_PART), sent, total)
-    rows, real = _rows(row, c, nu, n_nu, N_COMP)
-    place, real = _env(rows, real, f, n_feat)
-    parts, size = split(total, env, N_PART), _size(n_nu, n_feat, N_COMP)
+    place, real = _places(c, nu, f, N_COMP, N_NU, N_FEAT)
+    parts, mine = split(total, env, N_PART), env + row * (N_COMP * N_NU * N_FEAT)
+    size = tl.num_programs(0).to(tl.int64) * (N_COMP * N_NU * N_FEAT)
     for k in tl.static_range(N_PART):
-        tl.store(env + size * k + place, parts[k], mask=real)
+        tl.store(mine + size * k + place, parts[k], mask=real)
 
 
 @triton.jit
 def _one_hot(
-    ge, species, j, felt, row, c, nu, n_nu, n_feat, like, N_PART: tl.constexpr, N_COMP: tl.constexpr
-):
+    ge, size, kind, felt, c, nu, like,
+    N_PART: tl.constexpr, N_COMP: tl.constexpr, N_NU: tl.constexpr, N_FEAT: tl.constexpr,
+):  # fmt: skip
     """G (c, nu, pairs), which one-hot features only read."""
-    kind = tl.load(species + j)[None, None, :]
-    real = (c < N_COMP)[:, None, None] & (nu < n_nu)[None, :, None]
-    live = real & felt[None, None, :] & (kind >= 0) & (kind < n_feat)
-    place = ((row * N_COMP + c)[:, None] * n_nu + nu[None, :])[:, :, None] * n_feat + kind
-    parts = loaded(ge, _size(n_nu, n_feat, N_COMP), place, live, N_PART)
+    real = (c < N_COMP)[:, None, None] & (nu < N_NU)[None, :, None]
+    live = real & (felt & (kind >= 0) & (kind < N_FEAT))[None, None, :]
+    place = (c[:, None] * N_NU + nu[None, :])[:, :, None] * N_FEAT + kind[None, None, :]
+    parts = loaded(ge, size, place, live, N_PART)
     g = parts[0].to(like.dtype)
     for k in tl.static_range(1, N_PART):
         g += parts[k].to(like.dtype)
@@ -147,23 +135,18 @@ def _one_hot(
 
 @triton.jit
 def _products(
-    ge, row, c, nu, n_nu, f, n_feat, sent, t, s, message, N_PART: tl.constexpr,
-    N_COMP: tl.constexpr, OWN_ROW: tl.constexpr, TURNED: tl.constexpr,
+    ge, size, c, nu, f, sent, t, s, message, N_PART: tl.constexpr, N_COMP: tl.constexpr,
+    N_NU: tl.constexpr, N_FEAT: tl.constexpr, OWN_ROW: tl.constexpr,
 ):  # fmt: skip
     """G (c, nu, pairs) of a block of features, and the message with what these rows give."""
-    rows, real = _rows(row, c, nu, n_nu, N_COMP)
-    place, real = _env(rows, real, f, n_feat)
-    of_env = loaded(ge, _size(n_nu, n_feat, N_COMP), place, real, N_PART)
+    place, real = _places(c, nu, f, N_COMP, N_NU, N_FEAT)
+    of_env = loaded(ge, size, place, real, N_PART)
     n_comp: tl.constexpr = t.shape[0]
     n_block: tl.constexpr = s.shape[0]
     n_pair: tl.constexpr = s.shape[1]
     g = dot(of_env, turned(sent), tl.zeros((n_comp * n_block, n_pair), dtype=s.dtype))
     if not OWN_ROW:
-        sensed = split(_sensed(t, s), ge, N_PART)
-        if TURNED:
-            message = dot(turned(of_env), sensed, message)
-        else:
-            message = dot(turned(sensed), of_env, message)
+        message = dot(turned(split(_sensed(t, s), ge, N_PART)), of_env, message)
     return tl.reshape(g, (n_comp, n_block, n_pair)), message
 
 
@@ -182,73 +165,92 @@ def _added_slopes(of, g, s, slope, t, c, unit, N_COMP: tl.constexpr):
 
 
 @triton.jit
-def _send(messages, message, j, near, f, n_feat, weight, TURNED: tl.constexpr):
-    if TURNED:
-        message = tl.trans(message)
-    live = near[:, None] & (f < n_feat)[None, :]
-    target = messages + j[:, None] * n_feat + f[None, :]
+def _send(messages, message, j, near, f, weight, N_FEAT: tl.constexpr):
+    live = near[:, None] & (f < N_FEAT)[None, :]
+    target = messages + j[:, None] * N_FEAT + f[None, :]
     tl.atomic_add(target, message * weight, mask=live, sem="relaxed")
 
 
 @triton.jit
+def _added_block(
+    of, message, sent, table, ge, size, nu, f, low, high, q, cut, cut_slope, near, unit,
+    WINDOW: tl.constexpr, N_PART: tl.constexpr, N_COMP: tl.constexpr, N_NU: tl.constexpr,
+    N_FEAT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ONE_HOT: tl.constexpr,
+    OWN_ROW: tl.constexpr,
+):  # fmt: skip
+    """Slopes and message with what a block of sensitivities gives, if a pair feels any of them."""
+    if reached(table, nu, N_NU, low, high, WINDOW):
+        s, decay = gaussians(table, q, nu, N_NU)
+        slope = s * (cut_slope[None, :] + (cut * q * q)[None, :] * decay)
+        s *= cut[None, :]
+        for group in range(GROUPS):
+            c = group * GROUP + tl.arange(0, GROUP)
+            t = components(c, unit, N_COMP)
+            if ONE_HOT:
+                g = _one_hot(ge, size, sent, near, c, nu, s, N_PART, N_COMP, N_NU, N_FEAT)
+            else:
+                g, message = _products(
+                    ge, size, c, nu, f, sent, t, s, message, N_PART, N_COMP, N_NU, N_FEAT, OWN_ROW
+                )
+            of = _added_slopes(of, g, s, slope, t, c, unit, N_COMP)
+    return of, message
+
+
+@triton.jit
 def _tile_slopes(
-    species, z, table, ge, messages, weight, row, j, near, low, high, q, cut, cut_slope, unit,
-    n_send, n_nu, n_feat,
-    WINDOW: tl.constexpr, N_PART: tl.constexpr, N_COMP: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, NU_BLOCKS: tl.constexpr, F_BLOCKS: tl.constexpr, BLOCK_NU: tl.constexpr,
-    BLOCK_F: tl.constexpr, OWN_ROW: tl.constexpr, TURNED: tl.constexpr, UNROLL: tl.constexpr,
+    species, z, table, ge, size, messages, weight, j, near, low, high, q, cut, cut_slope, unit,
+    n_send,
+    WINDOW: tl.constexpr, N_PART: tl.constexpr, N_COMP: tl.constexpr, N_NU: tl.constexpr,
+    N_FEAT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NU_BLOCKS: tl.constexpr,
+    REST: tl.constexpr, F_BLOCKS: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
+    OWN_ROW: tl.constexpr,
 ):  # fmt: skip
     """dE/dr and dE/dr_hat of a tile of pairs, as terms to add up; sends its messages."""
-    n_pair: tl.constexpr = j.shape[0]
-    of = (tl.zeros((GROUP, n_pair), q.dtype),) * 4
-    blocks: tl.constexpr = 1 if z is None else F_BLOCKS
-    for block in range(blocks):
+    one_hot: tl.constexpr = z is None
+    of = (tl.zeros((GROUP, j.shape[0]), q.dtype),) * 4
+    for block in range(1 if one_hot else F_BLOCKS):
         f = block * BLOCK_F + tl.arange(0, BLOCK_F)
-        message = tl.zeros((BLOCK_F, n_pair) if TURNED else (n_pair, BLOCK_F), q.dtype)
-        if z is not None:
-            sent = _features(z, species, n_send, j, near, f, n_feat, z, N_PART)
+        message = tl.zeros((j.shape[0], BLOCK_F), q.dtype)
+        if one_hot:
+            sent = tl.load(species + j)
+        else:
+            sent = _features(z, species, n_send, j, near, f, z, N_PART, N_FEAT)
         for part in range(NU_BLOCKS):
             nu = part * BLOCK_NU + tl.arange(0, BLOCK_NU)
-            if reached(table, nu, n_nu, low, high, WINDOW):
-                s, decay = gaussians(table, q, nu, n_nu)
-                slope = s * (cut_slope[None, :] + (cut * q * q)[None, :] * decay)
-                s *= cut[None, :]
-                for group in tl.range(0, GROUPS, loop_unroll_factor=UNROLL):
-                    c = group * GROUP + tl.arange(0, GROUP)
-                    t = components(c, unit, N_COMP)
-                    if z is None:
-                        g = _one_hot(
-                            ge, species, j, near, row, c, nu, n_nu, n_feat, s, N_PART, N_COMP
-                        )
-                    else:
-                        g, message = _products(
-                            ge, row, c, nu, n_nu, f, n_feat, sent, t, s, message,
-                            N_PART, N_COMP, OWN_ROW, TURNED,
-                        )  # fmt: skip
-                    of = _added_slopes(of, g, s, slope, t, c, unit, N_COMP)
-        if z is not None and not OWN_ROW:
-            _send(messages, message, j, near, f, n_feat, weight, TURNED)
+            of, message = _added_block(
+                of, message, sent, table, ge, size, nu, f, low, high, q, cut, cut_slope, near, unit,
+                WINDOW, N_PART, N_COMP, N_NU, N_FEAT, GROUP, GROUPS, one_hot, OWN_ROW,
+            )  # fmt: skip
+        if REST > 0:
+            nu = NU_BLOCKS * BLOCK_NU + tl.arange(0, REST)
+            of, message = _added_block(
+                of, message, sent, table, ge, size, nu, f, low, high, q, cut, cut_slope, near, unit,
+                WINDOW, N_PART, N_COMP, N_NU, N_FEAT, GROUP, GROUPS, one_hot, OWN_ROW,
+            )  # fmt: skip
+        if not one_hot and not OWN_ROW:
+            _send(messages, message, j, near, f, weight, N_FEAT)
     return of
 
 
 @triton.jit(do_not_specialize=["begin", "n_send"])
 def backward_kernel(
     x, row_ptr, sender, translation, translations, species, z, table, limits, ge, scale,
-    forces, messages, sums, sent, begin, n_send, n_nu, n_feat,
+    forces, messages, sums, sent, begin, n_send,
     TERMS: tl.constexpr, WINDOW: tl.constexpr, N_PART: tl.constexpr, N_COMP: tl.constexpr,
-    ALIGN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NU_BLOCKS: tl.constexpr,
-    F_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
-    OWN_ROW: tl.constexpr, TURNED: tl.constexpr, UNROLL: tl.constexpr,
+    N_NU: tl.constexpr, N_FEAT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    NU_BLOCKS: tl.constexpr, REST: tl.constexpr, F_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr, OWN_ROW: tl.constexpr,
 ):  # fmt: skip
     """Adds to forces, messages, the row of sums of one receiver and, unless None, to sent.
 
-    TURNED messages are (features, pairs) until they are sent. UNROLL: groups per turn of a loop.
+    Sensitivities come in NU_BLOCKS blocks of BLOCK_NU and one of REST.
     """
-    n_feat = n_feat // ALIGN * ALIGN
     rcut, end = tl.load(limits), tl.load(limits + 1)
     row = tl.program_id(0).to(tl.int64)
     i = begin + row
     last = tl.load(row_ptr + i + 1).to(tl.int64)
+    size = tl.num_programs(0).to(tl.int64) * (N_COMP * N_NU * N_FEAT)
+    mine = ge + row * (N_COMP * N_NU * N_FEAT)
     zero = tl.zeros((BLOCK_P,), dtype=table.dtype.element_ty)
     of_message, of_force = 1.0, 1.0
     if scale is not None:
@@ -265,10 +267,10 @@ def backward_kernel(
             (felt.to(tl.int32), q, cut, cut_slope, d[0] * q, d[1] * q, d[2] * q)
         )
         of = _tile_slopes(
-            species, z, table, ge, messages, of_message, row, j, near != 0, low, high,
-            q, cut, cut_slope, (ux, uy, uz), n_send, n_nu, n_feat,
-            WINDOW, N_PART, N_COMP, GROUP, GROUPS, NU_BLOCKS, F_BLOCKS, BLOCK_NU, BLOCK_F,
-            OWN_ROW, TURNED, UNROLL,
+            species, z, table, mine, size, messages, of_message, j, near != 0, low, high,
+            q, cut, cut_slope, (ux, uy, uz), n_send,
+            WINDOW, N_PART, N_COMP, N_NU, N_FEAT, GROUP, GROUPS, NU_BLOCKS, REST, F_BLOCKS,
+            BLOCK_NU, BLOCK_F, OWN_ROW,
         )  # fmt: skip
         of_r, of_x, of_y, of_z = handed_out(summed(of))
         # Once more: less than keeping them in registers meanwhile.
