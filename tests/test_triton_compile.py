@@ -194,7 +194,7 @@ def run_python(code, tmp_path):
     script = tmp_path / "script.py"  # Triton reads the source of kernels from files
     script.write_text(code)
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

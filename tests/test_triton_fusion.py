@@ -264,7 +264,7 @@ def test_fast(order):
     close(found.energy, expected.energy, atol=3e-3)
 
 
-def resized(size):
+def resized(size, dtype):
     """A network whose features are `size` times as large, and weights of them as much smaller."""
     model = make_model(backend="triton", n_atom_layers=0, residual=False, activation="ReLU")
     first, second = (block[0].layer for block in model.blocks)
@@ -273,15 +273,16 @@ def resized(size):
             parameter.mul_(size)
         for parameter in (second.weight, second.self_interaction.weight, model.readouts[1].weight):
             parameter.div_(size)
-    return Potential(model, device=DEVICE, dtype="fast")
+    return Potential(model, device=DEVICE, dtype=dtype)
 
 
-def test_fast_whatever_the_size_of_features(monkeypatch):
+@pytest.mark.parametrize("dtype", ["mixed", "fast"])
+def test_whatever_the_size_of_features(dtype, monkeypatch):
     """Powers of two take them to float16: the same forces bitwise. Without, they overflow."""
     from md_plugin.kernels import triton_arrays, triton_halves
 
     structure = STRUCTURES["molecule"]()
-    small, usual, large = (fused(resized(2.0**n), structure).forces for n in (-30, 0, 30))
+    small, usual, large = (fused(resized(2.0**n, dtype), structure).forces for n in (-30, 0, 30))
     assert usual.abs().max() > 0.1
     assert torch.equal(small, usual) and torch.equal(large, usual)
 
@@ -291,7 +292,7 @@ def test_fast_whatever_the_size_of_features(monkeypatch):
 
     monkeypatch.setattr(triton_halves, "split", unscaled)
     with pytest.raises(AssertionError):
-        close(fused(resized(2.0**30), structure).forces, usual, atol=1.0)
+        close(fused(resized(2.0**30, dtype), structure).forces, usual, atol=1.0)
 
 
 def test_fast_is_refused_where_there_is_none(deterministic):

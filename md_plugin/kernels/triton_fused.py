@@ -175,10 +175,13 @@ def options(radial: Radial, env: Tensor, back: bool = False) -> dict[str, Any]:
     tile: dict[str, Any] = dict(tiles(n_comp, n_nu, n_feat, dtype, back))
     tile |= tuning.chosen("backward" if back else "forward", shape, dtype, env.device)
     if back:
-        tile["NU_BLOCKS"], rest = divmod(n_nu, tile["BLOCK_NU"])
-        # GROUP times REST are rows of a product, at least 16.
+        # A last block of as few as are left, which are at least 16 rows of a product, has fewer
+        # instructions; in float64 it takes more registers than there are.
+        n_whole, left = divmod(n_nu, tile["BLOCK_NU"])
+        apart = left > 0 and real == torch.float32
+        tile["NU_BLOCKS"] = n_whole if apart else triton.cdiv(n_nu, tile["BLOCK_NU"])
         least = 16 // tile["GROUP"]
-        tile["REST"] = power_of_two(rest, least, tile["BLOCK_NU"]) if rest else 0
+        tile["REST"] = power_of_two(left, least, tile["BLOCK_NU"]) if apart else 0
         tile["F_BLOCKS"] = triton.cdiv(n_feat, tile["BLOCK_F"])
         tile["OWN_ROW"] = False
     n_part = 2 if dtype == torch.float32 else 1
