@@ -205,7 +205,10 @@ def _tile_slopes(
     REST: tl.constexpr, F_BLOCKS: tl.constexpr, BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr,
     OWN_ROW: tl.constexpr,
 ):  # fmt: skip
-    """dE/dr and dE/dr_hat of a tile of pairs, as terms to add up; sends its messages."""
+    """dE/dr and dE/dr_hat of a tile of pairs, as terms to add up; sends its messages.
+
+    Sensitivities come in NU_BLOCKS blocks of BLOCK_NU and one of REST.
+    """
     one_hot: tl.constexpr = z is None
     of = (tl.zeros((GROUP, j.shape[0]), q.dtype),) * 4
     for block in range(1 if one_hot else F_BLOCKS):
@@ -241,10 +244,7 @@ def backward_kernel(
     NU_BLOCKS: tl.constexpr, REST: tl.constexpr, F_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_NU: tl.constexpr, BLOCK_F: tl.constexpr, OWN_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Adds to forces, messages, the row of sums of one receiver and, unless None, to sent.
-
-    Sensitivities come in NU_BLOCKS blocks of BLOCK_NU and one of REST.
-    """
+    """Adds to forces, messages, the row of sums of one receiver and, unless None, to sent."""
     rcut, end = tl.load(limits), tl.load(limits + 1)
     row = tl.program_id(0).to(tl.int64)
     i = begin + row
