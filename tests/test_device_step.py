@@ -344,7 +344,7 @@ def test_large_steps_run_as_they_are(monkeypatch):
     recorder, part = TapeRecorder(monkeypatch), network()
     step = FusedStep([part], recorder)
     small, large = inputs(chain(4)), inputs(chain(40))  # room for 16 and 48
-    # There are about a hundred launches.
+    # There are some sixty launches.
     monkeypatch.setattr(device_step, "WORK_PER_LAUNCH", 0.3 * part.work)
     for _ in range(2):
         same(step.evaluate(*large), part.evaluate(*large))

@@ -159,11 +159,12 @@ def test_activations_stay_within_the_workspace(activation):
     # What is freed on the way is in this sum, but not in the workspace; what is read is not.
     most = 1.0 if activation == "SiLU" else 1.6
     assert 0.3 * seen.bytes < layers.bytes_per_atom * N_ATOMS < most * seen.bytes
-    assert layers.workspace == (256e6 if activation == "SiLU" else 32e6)
+    assert layers.workspace == (256e6 if activation == "SiLU" else 128e6)
     for block in blocks:
         assert block.max_block % 64 == 0
-        most = layers.workspace
-        assert 0.9 * most < block.max_block * block.atoms.bytes_per_atom <= most
+        fitting = layers.workspace / block.atoms.bytes_per_atom
+        assert fitting - block.block - 64 < block.max_block <= fitting
+        assert block.max_block % block.block == 0
         assert block.block % 16 == 0 and block.block <= block.max_block
 
 

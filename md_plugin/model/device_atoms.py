@@ -52,9 +52,9 @@ class DeviceAtomLayers:
         number: of the block, from 0, which takes species in the place of features.
     """
 
-    # Bytes that m, its gradient and slopes of atoms may take: so they stay in the second-level
-    # cache of 40 to 50 MB, and a launch still has some 30 microseconds of work.
-    workspace = 32_000_000
+    # Bytes that m, its gradient and slopes of atoms may take at once. A program reads slopes soon
+    # after it has written them: they are in the cache whatever the size.
+    workspace = 128_000_000
 
     def __init__(self, model: Hipnn, number: int):
         config = model.config

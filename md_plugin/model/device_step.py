@@ -33,6 +33,7 @@ GRAPHS = ("auto", "always", "never")
 # "auto" records where a launch does less work than this on average: what a GPU does, at an assumed
 # 5e13 floating-point operations per second, in the 20 microseconds that a launch takes Python.
 WORK_PER_LAUNCH = 1e9
+KERNELS = 8  # of a layer, about, in one block of receivers; `Watch` sees none of them
 MOST_LAUNCHES = 5000  # in a graph; each takes memory of the GPU, and time to record
 
 Segment = Callable[[], Exchange | Fused]
@@ -166,10 +167,8 @@ class FusedStep:
         found = self._run(buffers, halo, around)
         self._warm = True
         n_recv = cast(Pairs, buffers.pairs).n_recv
-        most = min(
-            WORK_PER_LAUNCH * watch.launches / self._work,
-            n_recv * MOST_LAUNCHES / max(watch.launches, 1),
-        )
+        launches = watch.launches + KERNELS * sum(len(part.layers) for part in self.parts)
+        most = min(WORK_PER_LAUNCH * launches / self._work, n_recv * MOST_LAUNCHES / launches)
         if watch.waits:
             self._refuse(f"the host waits: {', '.join(sorted(set(watch.waits)))}")
         elif n_recv >= most and not self.forced:

@@ -246,6 +246,8 @@ class _Layer:
         fitting = self.atoms.workspace // self.atoms.bytes_per_atom // LEAST_BLOCK * LEAST_BLOCK
         self.max_block = min(engine.max_block, max(LEAST_BLOCK, fitting))
         self.block = max(LEAST_BLOCK, min(self.max_block, self.sums.block))  # of the sums
+        if not engine.threads:  # blocks fill a GPU: no rest of one in between
+            self.max_block -= self.max_block % self.block
 
     def forward(self, step: _Step, z: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the readout to the energy; returns m (n_recv, C, n_hidden) and new features."""
