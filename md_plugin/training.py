@@ -101,7 +101,7 @@ def prepare(
         "r_closest": closest_distance(parts["train"]),
         "data": {name: dataset.digest for name, dataset in sets.items()},
     }
-    torch.manual_seed(config.training.seed)
+    torch.default_generator.manual_seed(config.training.seed)  # that of GPUs is not ours
     network = Hipnn(model_config)
     if start is not None:
         network.load_state_dict(start.model.state_dict())

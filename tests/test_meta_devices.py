@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from md_plugin.batch_neighbours import BatchList, Systems
 from md_plugin.halo import IndexHalo
-from md_plugin.model import fused_device
+from md_plugin.model import device_atoms, fused_device
 from md_plugin.model.buffers import Buffers
 from md_plugin.model.device_step import FusedStep
 from md_plugin.model.fusion import FusedHipnn
@@ -43,9 +43,10 @@ def launches(monkeypatch):
         assert places <= {META}, f"a launch gets arrays on {places}"
         made.append(arrays)
 
-    for name, room in {**LAUNCHES, "mirror": "triton_fused"}.items():
+    for room, name, _ in [*LAUNCHES, ("triton_fused", "mirror", "")]:
         monkeypatch.setattr(f"md_plugin.kernels.{room}.{name}", launch)
     monkeypatch.setattr(fused_device, "self_check", lambda *_: None)
+    monkeypatch.setattr(device_atoms, "atoms_check", lambda *_: None)
     return made
 
 
@@ -130,3 +131,16 @@ def test_positions_of_a_batch():
     batch._translation = torch.zeros(20, dtype=torch.int16, device=META)
     geometry = batch.geometry(near)
     assert geometry.r_ij().shape == (20, 3) and geometry.x.device == META
+
+
+def test_random_numbers_of_a_gpu_stay_as_they_are(monkeypatch):
+    """torch.manual_seed seeds GPUs, too, whose states nobody would give back."""
+
+    def seed(number):
+        raise AssertionError("torch.manual_seed seeds all devices")
+
+    monkeypatch.setattr(torch, "manual_seed", seed)
+    before = torch.get_rng_state()
+    device_atoms.atoms_check.cache_clear()
+    device_atoms.atoms_check(torch.device("cpu"), torch.float64, 0)
+    assert torch.equal(torch.get_rng_state(), before)
