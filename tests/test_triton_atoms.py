@@ -141,7 +141,7 @@ def test_softplus(x, dtype):
     assert energy.item() == 1.0 + out.double().item()
 
 
-def test_who_takes_the_kernels(monkeypatch):
+def test_who_takes_the_kernels(caplog):
     from md_plugin.model import device_atoms
 
     reasons = {
@@ -155,7 +155,11 @@ def test_who_takes_the_kernels(monkeypatch):
         model = network(replace(USUAL, **changes), torch.float32)
         assert device_atoms.why_not(model).startswith(reason)
         assert bool(reason) == bool(device_atoms.why_not(model))
-        step = FusedHipnn(model, "triton")
+        caplog.clear()
+        with caplog.at_level("INFO", "md_plugin"):
+            step = FusedHipnn(model, "triton")
+        said = [r.message for r in caplog.records]
+        assert len(said) == bool(reason) and all(f"launches each: {reason}" in s for s in said)
         kind = AtomLayers if reason else device_atoms.DeviceAtomLayers
         assert all(type(layer.atoms) is kind for layer in step.layers)
 

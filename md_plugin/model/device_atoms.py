@@ -6,6 +6,7 @@ arrays: `md_plugin.kernels.triton_atom_layers`. The first use on a device compar
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ from md_plugin.model.atom_layers import AtomLayers
 from md_plugin.model.config import HipnnConfig
 from md_plugin.model.hipnn import Hipnn
 from md_plugin.model.radial import N_COMPONENTS
+
+logger = logging.getLogger("md_plugin")
 
 
 def why_not(model: Hipnn) -> str:
@@ -37,8 +40,10 @@ def why_not(model: Hipnn) -> str:
 
 
 def atom_layers(model: Hipnn, number: int) -> AtomLayers | DeviceAtomLayers:
-    """Block `number` of a network, wherever it is: in kernels, unless `why_not`."""
-    if why_not(model):
+    """Block `number` of a network, wherever it is: in kernels, unless `why_not`; it is logged."""
+    if reason := why_not(model):
+        if number == 0:
+            logger.info("atom layers by torch's operators, 40 to 70 launches each: %s", reason)
         return AtomLayers(model, number, plain=True)
     atoms_check(model.encoder.device, model.encoder.dtype, model.config.order)
     return DeviceAtomLayers(model, number)
