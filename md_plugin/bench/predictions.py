@@ -27,11 +27,11 @@ COLUMNS = (
 )
 ASSUMED = """\
 Nothing in this table was measured. Assumed, for H200: an atom takes 6, 30 and 120 ns (targets; the
-floors of float32 are 0.94, 9.1 and 70 ns, from counts of operations over the ceilings of the GPU);
+floors of float32 in three products of tf32 are 0.94, 9.1 and 70 ns, by counts of operations);
 2.5 µs a kernel in a CUDA graph; 200 µs for LAMMPS itself; 10 µs a message; 450 GB/s to GPUs of the
 node (NVLink, 8 GPUs), 50 GB/s to other nodes (400 Gb/s InfiniBand for each GPU), arrays exchanged
-from GPU memory; 0.3 kB an atom in LAMMPS; 139 GiB. Counted (docs/gpu.md): 56, 121 and 146 kernels;
-0.12, 1.3 and 3.7 kB an atom beside its list.
+from GPU memory; 0.3 kB an atom in LAMMPS; 139 GiB. Counted (docs/gpu.md): 12, 23 and 23 kernels;
+0.12, 1.5 and 4.2 kB an atom beside its list.
 "efficiency": the time of a GPU's own atoms over that of the step. Fluctuations of load are not in
 the model."""
 
@@ -54,13 +54,11 @@ class Assumed:
 
 
 NETWORKS = (
-    Assumed(Workload("1 layer, 64 features", 1, 64, 6.27, 1.0, 0.0602), 6e-9, 0.94e-9, 56, 120.0),
-    Assumed(
-        Workload("2 layers, 64 features", 2, 64, 6.27, 1.0, 0.0602), 30e-9, 9.1e-9, 121, 1300.0
-    ),
+    Assumed(Workload("1 layer, 64 features", 1, 64, 6.27, 1.0, 0.0602), 6e-9, 0.94e-9, 12, 120.0),
+    Assumed(Workload("2 layers, 64 features", 2, 64, 6.27, 1.0, 0.0602), 30e-9, 9.1e-9, 23, 1500.0),
     Assumed(
         Workload("2 vector layers, 128 features", 2, 128, 5.7, 1.0, 0.0602),
-        *(120e-9, 70e-9, 146, 3700.0),
+        *(120e-9, 70e-9, 23, 4200.0),
     ),
 )
 
