@@ -197,8 +197,9 @@ def test_a_process_that_dies_is_told(scripted):
 
 def test_an_interrupt_ends_the_process(scripted):
     code, started = scripted
-    code[0] = (
-        'import time\ntry:\n    print(\'{"doing": "it"}\', flush=True)\n    time.sleep(600)\n'
+    code[0] = (  # in a background job of a shell, interrupts would be ignored
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        'try:\n    print(\'{"doing": "it"}\', flush=True)\n    time.sleep(600)\n'
         "except KeyboardInterrupt:\n    raise SystemExit(7)"
     )
 

@@ -225,11 +225,12 @@ def test_the_check_leaves_the_random_numbers_of_others_alone():
 # The slowest to compile are left out: docs/gpu_kernels.md has what they take.
 COMPILED = """
 import json, torch
-from triton_assembly import assembly, findings
+from triton_assembly import assembly, findings, job, work
 from md_plugin.kernels import triton_atom_layers, triton_atoms
 
 LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
 
+@job
 def report(name, real, capability, n_comp, width, few=False, first=False):
     dtype = torch.float32 if real == "fp32" else torch.float64
     shape = triton_atom_layers.Shape(n_comp, width, width, width)
@@ -252,6 +253,7 @@ report("backward", "fp32", 80, 1, 64)
 report("backward", "fp32", 90, 4, 128, few=True)
 report("backward", "fp32", 80, 9, 64)
 report("forward", "fp64", 90, 4, 64)
+work()
 """
 
 

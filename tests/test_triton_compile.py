@@ -17,10 +17,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 SUMS = """
 import json, torch
-from triton_assembly import assembly, findings
+from triton_assembly import assembly, findings, job, work
 from md_plugin.kernels import triton_gpu
 from md_plugin.kernels.triton_parts import OPTIONS, PRECISION
 
+@job
 def compile(real, capability, n_nu, n_feat):
     dtype = torch.float32 if real == "fp32" else torch.float64
     for name in ("envsum", "sensesum", "featsum", "messages", "by_sender"):
@@ -44,6 +45,7 @@ for shape in ((20, 64), (80, 128)):
 compile("fp64", 80, 80, 128)
 compile("fp64", 90, 20, 64)
 compile("fp64", 90, 9, 7)
+work()
 """
 
 PRODUCTS = """
@@ -86,7 +88,7 @@ for real, dtype, terms in (("fp32", torch.float32, 7), ("fp64", torch.float64, 1
 
 LAYERS = """
 import json, torch
-from triton_assembly import assembly, findings
+from triton_assembly import assembly, findings, job, work
 from md_plugin.kernels import triton_arrays, triton_fused, triton_layer, triton_mirror
 
 LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -104,6 +106,7 @@ def report(name, kernel, kind, capability, shape, constants, sizes):
     row |= {"capability": capability, "one_hot": shape[1] < 16, "real": kind}
     print(json.dumps(row | found | {"compiled_in": compiled_in}))
 
+@job
 def layer(kind, capability, n_comp, n_feat, shifted=False, own_row=False, atoms=False):
     for name in ("backward",) if own_row else ("forward", "backward"):
         kernel, back = getattr(triton_layer, name + "_kernel"), name == "backward"
@@ -121,6 +124,7 @@ def layer(kind, capability, n_comp, n_feat, shifted=False, own_row=False, atoms=
         kernel_name = "own " * own_row + name
         report(kernel_name, kernel, kind, capability, (n_comp, n_feat), constants, sizes)
 
+@job
 def mirror(kind, capability, n_comp, n_hidden):
     g = torch.empty(1, n_comp, n_hidden, dtype=REAL[kind], device="meta")
     constants = triton_fused.mirror_options(g, 20) | {"translation": None, "translations": None}
@@ -141,14 +145,16 @@ layer("fp32", 90, 4, 128, own_row=True)
 layer("fp32", 80, 9, 32, own_row=True)
 mirror("fp32", 90, 4, 128)
 mirror("fp32", 80, 9, 32)
+work()
 """
 
 
 HALVES = """
 import json, torch
-from triton_assembly import assembly, findings
+from triton_assembly import assembly, findings, job, work
 from md_plugin.kernels import triton_halves, triton_matmul
 
+@job
 def report(name, kernel, capability, constants, sizes, half, **more):
     launch = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
     found = findings(assembly(kernel, "fp32", capability, constants, sizes, launch, half))
@@ -182,6 +188,7 @@ for capability in (80, 90):
     rows = {"N_HALF": 2, "BLOCK_R": 4, "BLOCK_C": 512}
     sizes = {"n_row": 1001, "size": 512}
     report("rows", triton_halves.split_rows_kernel, capability, rows, sizes, ("halves",))
+work()
 """
 
 

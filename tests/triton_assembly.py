@@ -4,10 +4,15 @@ Run in a process without TRITON_INTERPRET: whether Triton compiles or interprets
 kernels are imported.
 """
 
+import io
 import os
 import re
 import subprocess
+import sys
 import tempfile
+from contextlib import redirect_stdout
+from functools import partial, wraps
+from multiprocessing import get_context
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -19,6 +24,7 @@ INTEGERS |= {n: "*i64" for n in ("receiver", "bra_pair", "bra_ao", "ket_pair", "
 INTEGERS |= {n: "*i64" for n in ("bra_span", "bra_row", "ket_span", "ket_row")}
 INTEGERS |= {name: "*i32" for name in ("row_ptr", "sender", "col_ptr", "perm", "species")}
 INTEGERS |= {name: "*i32" for name in ("largest", "arrived")}
+JOBS = []
 DOUBLES = ("x", "translations", "forces", "virials", "sent")
 
 
@@ -83,7 +89,7 @@ def findings(asm):
     return (
         found
         | {name: len(re.findall(p, sass)) for name, p in patterns.items()}
-        | {"shared": asm["shared"]}
+        | {"shared": asm.get("shared", 0)}
         | {"lines": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))}
     )
 
@@ -91,3 +97,26 @@ def findings(asm):
 def _tool(name, *arguments):
     command = [os.path.join(TOOLS, name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def job(function):
+    """Its calls wait until `work` has them done."""
+
+    @wraps(function)
+    def later(*arguments, **settings):
+        JOBS.append(partial(function, *arguments, **settings))
+
+    return later
+
+
+def work():
+    """All jobs, by as many processes as there are cores; what they print comes in their order."""
+    with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        for said in pool.imap(_printed, range(len(JOBS))):
+            sys.stdout.write(said)
+
+
+def _printed(number):
+    with redirect_stdout(io.StringIO()) as said:
+        JOBS[number]()
+    return said.getvalue()
