@@ -318,7 +318,8 @@ def test_machine_code(real, capability):
     from triton_assembly import findings
 
     found = findings({"cubin": cubin(real, capability)})
-    assert found["spill"] <= 2 * (real == "double") and found["STACK"] == 0
+    by_nvrtc = nvrtc() is not None
+    assert found["spill"] <= 2 * (by_nvrtc and real == "double") and found["STACK"] == 0
     assert found["wide_load"] >= 6  # of each staged array
     assert found["add"] == 0
 

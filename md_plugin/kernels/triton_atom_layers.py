@@ -10,7 +10,6 @@ makes the host wait for the device.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,13 @@ import triton
 from torch import Tensor
 
 from md_plugin.kernels.triton_atoms import backward_kernel, forward_kernel
-from md_plugin.kernels.triton_parts import PRECISION, has_warp_groups, on_device, power_of_two
+from md_plugin.kernels.triton_parts import (
+    PRECISION,
+    has_warp_groups,
+    multiprocessors,
+    on_device,
+    power_of_two,
+)
 
 WIDEST = 128  # features whose sums of products fit into registers
 MOST = 1 << 31  # numbers in an array, and more than in any that is made here
@@ -150,12 +155,9 @@ def padded(width: int) -> int:
     return power_of_two(width, 16, 1 << 30)
 
 
-@cache
 def few(device: torch.device) -> int:
     """Atoms that are split into tiles of 16: two for each multiprocessor."""
-    if device.type != "cuda":
-        return 0
-    return 32 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 32 * multiprocessors(device) if device.type == "cuda" else 0
 
 
 def tiles(

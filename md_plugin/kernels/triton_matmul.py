@@ -27,7 +27,12 @@ from torch import Tensor
 
 from md_plugin.kernels import tuning
 from md_plugin.kernels.triton_matmul_kernels import product_kernel, wide_kernel
-from md_plugin.kernels.triton_parts import has_warp_groups, on_device, power_of_two
+from md_plugin.kernels.triton_parts import (
+    has_warp_groups,
+    multiprocessors,
+    on_device,
+    power_of_two,
+)
 
 MOST_TILES = 4096  # whose sums may be split
 SHARES = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -152,9 +157,7 @@ def candidates(shape: tuple[int, int, int], n_half: int, device: torch.device) -
 @cache
 def gpu_of(device: torch.device) -> tuple[bool, int]:
     """Whether it has warp groups, and how many multiprocessors; of an H100 where interpreted."""
-    if device.type != "cuda":
-        return True, 132
-    return has_warp_groups(device), torch.cuda.get_device_properties(device).multi_processor_count
+    return has_warp_groups(device), multiprocessors(device)
 
 
 def counters(device: torch.device) -> Tensor:

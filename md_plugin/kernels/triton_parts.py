@@ -14,6 +14,7 @@ imported, Triton interprets them instead, on CPU tensors too: slow, for tests.
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 
 import torch
 import triton
@@ -128,6 +129,14 @@ def fixed_order() -> bool:
 def has_warp_groups(device: torch.device) -> bool:
     """Whether four warps together multiply 64 rows (wgmma), as on H100 and H200 only."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; those of an H100 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def power_of_two(size: int, least: int, most: int) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from md_plugin.kernels import triton_arrays, triton_fused, triton_halves, triton_matmul, tuning
-from md_plugin.kernels.triton_parts import fixed_order
+from md_plugin.kernels.triton_parts import fixed_order, multiprocessors
 from md_plugin.model.device_atoms import atom_layers
 from md_plugin.model.fused_check import mirror_check, self_check
 from md_plugin.model.fused_sums import Sums, gaussian_weight
@@ -131,7 +131,6 @@ class DeviceSums:
         weight = gaussian_weight(interaction)
         self.n_nu, self.n_in, n_hidden = weight.shape
         self.weight = weight.reshape(-1, n_hidden).contiguous()
-        self.transposed = self.weight.T.contiguous()
         self.shape = (N_COMPONENTS[interaction.order], n_hidden)
         self.n_byte = weight.element_size()  # of a number of env
 
@@ -148,7 +147,7 @@ class DeviceSums:
         """
         n_comp = self.shape[0]
         most = n_byte // (n_comp * len(self.weight) * self.n_byte)
-        turn = 128 * triton_matmul.gpu_of(self.weight.device)[1]
+        turn = 128 * multiprocessors(self.weight.device)
         n_turn = most * n_comp // turn
         return (n_turn * turn // n_comp if n_turn else most) // 16 * 16
 
@@ -177,7 +176,7 @@ class DeviceSums:
 
     def gradient(self, where: Any, source: Any, g: Tensor, sink: Any, start: int) -> None:
         """See `fused_sums.Sums`."""
-        ge = g.reshape(-1, self.shape[1]) @ self.transposed
+        ge = g.reshape(-1, self.shape[1]) @ self.weight.T
         ge = ge.reshape(len(g), self.shape[0], self.n_nu, self.n_in)
         triton_fused.backward(where, self.radial, source, ge, sink.found, start)
         self._keep(where, source, g, sink, start)
@@ -201,8 +200,9 @@ class DeviceSums:
         weight = self.weight.view(self.n_nu, self.n_in, self.shape[1])
         by_feature = weight.transpose(0, 1).reshape(self.n_in, -1)
         by_hidden = weight.transpose(1, 2).reshape(-1, self.n_in)
-        for start in range(0, len(sink.of_sums), self.block):
-            rows = slice(start, min(start + self.block, len(sink.of_sums)))
+        block = self.block
+        for start in range(0, len(sink.of_sums), block):
+            rows = slice(start, min(start + block, len(sink.of_sums)))
             if self.is_first:
                 q, h = by_feature[sink.where.species[rows].long()], None
             else:
