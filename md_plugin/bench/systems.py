@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def fcc(symbol: str, a: float, repeat: tuple[int, int, int], seed: int) -> Atoms
     return atoms
 
 
-class Work:
+class Work(Protocol):
     """Atoms and their pairs for one cutoff, on any device.
 
     Attributes:
@@ -94,15 +94,15 @@ class Work:
     structure: Tensor | None = None
     n_structures: int = 1
 
-    @cached_property
+    @property
     def geometry(self) -> Geometry:
         """Positions and a list with skin, as an engine has them."""
-        raise NotImplementedError
+        ...
 
-    @cached_property
+    @property
     def species(self) -> Tensor:
         """(n,) atomic numbers."""
-        raise NotImplementedError
+        ...
 
     @cached_property
     def inside(self) -> tuple[Pairs, Tensor]:
